@@ -1,0 +1,134 @@
+"""The whole path in real processes: train two stages, evaluate, reuse, fail, two processes, the run folder's contract."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, max_difference
+from safetensors.torch import load_file
+
+SMALL = [
+    "encoder.siglip.width=32",
+    "encoder.siglip.depth=2",
+    "encoder.siglip.image_size=32",
+    "llm.shape.hidden_size=32",
+    "llm.shape.intermediate_size=64",
+    "llm.shape.num_hidden_layers=2",
+    "data.sources.captions.size=40",
+    "data.sources.questions.size=40",
+    "data.tasks.scenes.size=16",
+    "stages.align.steps=2",
+    "stages.instruct.steps=3",
+    "stages.align.batch=4",
+    "stages.instruct.batch=4",
+    "stages.align.micro_batch=4",
+    "stages.instruct.micro_batch=2",
+    "eval.max_new_tokens=2",
+]
+
+
+def train(output: Path, *overrides: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"output={output}", *overrides]
+    result = subprocess.run(command, cwd=output, capture_output=True, text=True, timeout=240, check=False)
+    assert (result.returncode == 0) == ok, result.stdout + result.stderr
+    return result
+
+
+def only_run(output: Path) -> Path:
+    (run,) = (output / "runs").iterdir()
+    return run
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def finished(output: Path) -> subprocess.CompletedProcess[str]:
+    return train(output, "logger=wandb", "logger.samples=4")
+
+
+def test_run_folder_contract(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+    run = only_run(output)
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "ok"
+    assert {"eval/avg", "eval/scenes/general", "eval/scenes.none/all", "eval/scenes.shuffled/all"} <= result["metrics"].keys()
+    assert list(result["stages"]) == ["align", "instruct"]
+    stage = result["stages"]["instruct"]
+    assert (stage["steps"], stage["samples"], stage["world_size"], stage["reused"]) == (3, 12, 1, False)
+    assert stage["label_tokens"] > 0
+    assert {row["module"]: row["lr"] for row in stage["trainable"]} == {"encoder": 1e-3, "connector": 1e-3, "llm": 1e-3}
+    assert {"git", "versions", "seed", "config_hash", "wall_s", "world_size"} <= result.keys()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("align", 1), ("align", 2)] + [("instruct", s) for s in (1, 2, 3)]
+    assert all(line["loss"] > 0 and line["tokens_per_s"] > 0 for line in lines)
+    weights = load_file(run / "stages" / "instruct" / "model.safetensors")
+    assert any(name.startswith("encoder.siglip") for name in weights)
+    records = [json.loads(line) for line in (run / "eval" / "scenes.real.jsonl").read_text().splitlines()]
+    assert len(records) == 16
+    assert {"id", "group", "question", "target", "prediction"} <= records[0].keys()
+
+
+def test_the_terminal_shows_the_table_and_the_folder(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+    for text in ("real image", "no image", "shuffled image", "vision_centric", "what trains", "result.json"):
+        assert text in finished.stdout
+    assert "tokens/s" in finished.stderr
+
+
+def test_wandb_run_reads_back(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+    """The offline run holds config, group, job type, tags, losses, scores, and the table with its images."""
+    (folder,) = (only_run(output) / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    for wanted in ('"job_type":"train"', "siglip", "train/loss", "eval/avg", "samples/scenes.real", "trainer/global_step"):
+        assert wanted.replace(" ", "") in text.replace(" ", ""), wanted
+    assert list((only_run(output) / "wandb").rglob("*.png"))
+
+
+def test_the_same_command_again_reuses_both_stages(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+    before = json.loads((only_run(output) / "result.json").read_text())
+    again = train(output, "logger=wandb", "logger.samples=4")
+    after = json.loads((only_run(output) / "result.json").read_text())
+    assert again.stdout.count("reused from") == 2
+    assert all(stage["reused"] for stage in after["stages"].values())
+    assert after["metrics"] == before["metrics"]
+
+
+def test_evaluate_works_from_the_run_folder_alone(finished: subprocess.CompletedProcess[str], output: Path, tmp_path: Path) -> None:
+    """From another working directory, with a smaller question set."""
+    command = [sys.executable, "-m", "vlm_lab.evaluate", str(only_run(output)), "eval.images=[real]", "eval.limit=8"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "real image" in result.stdout
+    assert "no image" not in result.stdout
+
+
+def test_two_processes_equal_one(output: Path, tmp_path: Path, finished: subprocess.CompletedProcess[str]) -> None:
+    """Two gloo processes on the same global batches: losses and weights as the single process's, within 1e-4 relative
+    to float32's order of summation."""
+    train(tmp_path, "trainer.devices=2", "eval.images=[real]")
+    one, two = only_run(output), only_run(tmp_path)
+    result = json.loads((two / "result.json").read_text())
+    assert result["world_size"] == 2
+    assert result["stages"]["instruct"]["world_size"] == 2
+    assert result["stages"]["instruct"]["key"] == json.loads((one / "result.json").read_text())["stages"]["instruct"]["key"]
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)]
+    weights = [load_file(run / "stages" / "instruct" / "model.safetensors") for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0] or losses[1], rel=1e-4)
+    assert max(max_difference(weights[0][name], weights[1][name]) for name in weights[0]) < 2e-4
+    assert all(torch.isfinite(tensor).all() for tensor in weights[1].values())
+
+
+def test_a_failing_stage_is_recorded(tmp_path: Path) -> None:
+    result = train(tmp_path, "data.sources.questions.size=4", "+stages.instruct.train={encoder.siglip.nose:1.0}", ok=False)
+    record = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert record["status"] == "failed"
+    assert "train.encoder.siglip.nose: the model has no parameter below this path" in record["reason"]
+    assert record["reason"] in result.stderr.splitlines()[-1]
+    assert (only_run(tmp_path) / "config.yaml").is_file()

@@ -1,0 +1,137 @@
+"""The composition root: the only file that turns configuration nodes into objects.
+
+`sources` and `tasks` are torch-free and also serve the parent process; whatever needs torch is imported where it is
+built.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm_lab.components import make
+from vlm_lab.schema import Config, Stage
+
+if TYPE_CHECKING:
+    from lightning import Callback, Trainer
+    from transformers import PreTrainedTokenizerFast
+
+    from vlm_lab.data.loader import Loader
+    from vlm_lab.data.process import Processor
+    from vlm_lab.data.sample import Source
+    from vlm_lab.model.vlm import VLM
+    from vlm_lab.wandb_logger import WandbLogger
+
+
+def sources(config: Config) -> dict[str, Source]:
+    """The training sources by name, without the records that are held out for evaluation."""
+    from vlm_lab.data.sources import Holdout
+
+    built = {name: make(node) for name, node in config.data.sources.items()}
+    if not held_out(config):
+        return built
+    return {name: Holdout(source, "train", config.data.holdout) for name, source in built.items()}
+
+
+def tasks(config: Config) -> dict[str, Source]:
+    """The evaluation sources by name, one question per record; the held-out records if no task has a file of its own."""
+    from vlm_lab.data.sources import Holdout, SingleTurn
+
+    if not held_out(config):
+        return {name: SingleTurn(make(node)) for name, node in given_tasks(config).items()}
+    count, seed = config.data.holdout, 0
+    built = {name: make(node) for name, node in config.data.sources.items()}
+    return {name: SingleTurn(Holdout(source, "eval", count, seed)) for name, source in built.items()}
+
+
+def given_tasks(config: Config) -> dict[str, dict]:
+    """The task nodes that can be built: a task whose `path` was left null has no file."""
+    return {name: node for name, node in config.data.tasks.items() if node.get("path", "") is not None}
+
+
+def held_out(config: Config) -> bool:
+    return config.data.holdout > 0 and not given_tasks(config)
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    return {name: source.fingerprint() for name, source in sources(config).items()}
+
+
+def tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerFast:
+    """The LLM's tokenizer: the one saved in folder `trained`, the configured one, or one made from the sources' text."""
+    from vlm_lab.data.tokenizer import load_tokenizer, trained_tokenizer
+
+    if trained is not None:
+        return load_tokenizer(str(trained))
+    if config.llm["tokenizer"] is not None:
+        return load_tokenizer(config.llm["tokenizer"])
+    cache, vocab = Path(config.output) / "cache", config.llm["shape"]["vocab_size"]
+    return trained_tokenizer(sources(config).values(), config.llm["chat"], vocab, cache)
+
+
+def vlm(config: Config) -> VLM:
+    """The model, with pretrained weights where the configuration names them; random parts come from the seed alone."""
+    import torch
+
+    from vlm_lab.model.vlm import VLM
+
+    torch.manual_seed(config.seed)
+    encoders = {name: make(node) for name, node in config.encoder.items()}
+    llm = make(config.llm)
+    dims = {name: encoder.dim for name, encoder in encoders.items()}
+    connector = make(config.connector, dims=dims, out_dim=llm.get_input_embeddings().embedding_dim)
+    return VLM(encoders, connector, llm)
+
+
+def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_tokens: int) -> Processor:
+    """What turns this model's samples into tensors."""
+    from vlm_lab.data.chat import Chat
+    from vlm_lab.data.process import Eye, Processor
+
+    eyes = {name: Eye(encoder.image_size, encoder.mean) for name, encoder in model.encoder.items()}
+    grid = model.connector.grid({name: encoder.grid for name, encoder in model.encoder.items()})
+    chat = Chat(tokens, config.llm["chat"], config.llm["system"])
+    return Processor(chat, make(config.tiling), eyes, grid, max_tokens)
+
+
+def loader(config: Config, stage: Stage, process: Processor, rank: int, world: int) -> Loader:
+    """The training loader of one stage for one process."""
+    from vlm_lab.data.loader import Loader, Records
+    from vlm_lab.data.mixture import Mixture
+
+    weights = config.data.mixtures[stage.mixture]
+    built = sources(config)
+    used = [built[name] for name in weights]
+    mixture = Mixture([len(source) for source in used], list(weights.values()), config.seed)
+    steps = stage.steps or max(1, round(stage.epochs * sum(map(len, used)) / stage.batch))
+    records = Records(used, mixture, process)
+    return Loader(records, steps, stage.batch, stage.micro_batch, rank, world, config.trainer.num_workers)
+
+
+def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback]) -> Trainer:
+    """Lightning's Trainer for one stage: one pass over `data`, whose length is steps x accumulated rows."""
+    from lightning import Trainer
+
+    options = config.trainer
+    return Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        strategy=options.strategy,
+        precision=options.precision,
+        max_steps=data.steps,
+        accumulate_grad_batches=data.parts,
+        gradient_clip_val=stage.clip,
+        callbacks=callbacks,
+        logger=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def logger(config: Config, run: Path) -> WandbLogger | None:
+    """The experiment tracker beside the run folder's own files; None if there is none."""
+    if config.logger.get("_target_") is None:
+        return None
+    return make(config.logger, config=config, run=run)

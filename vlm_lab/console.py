@@ -1,0 +1,38 @@
+"""What a person reads in the terminal: the trainability table of a stage, the result table of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+def show_trainability(stage: str, rows: Sequence[Any]) -> None:
+    """`rows` have module, params and lr (None = frozen)."""
+    table = Table(title=f"stage {stage}: what trains", title_justify="left")
+    for heading, side in (("module", "left"), ("parameters", "right"), ("learning rate", "right")):
+        table.add_column(heading, justify=side)
+    for row in rows:
+        table.add_row(row.module, f"{row.params:,}", "frozen" if row.lr is None else f"{row.lr:g}")
+    console.print(table)
+
+
+def show_scores(task: str, scores: dict[str, dict[str, Any]]) -> None:
+    """`scores[images][group]` has accuracy (0..1) and n; one row per group, one column per way of showing images."""
+    modes = list(scores)
+    table = Table(title=f"{task}: accuracy in %", title_justify="left")
+    table.add_column("group")
+    table.add_column("questions", justify="right")
+    for mode in modes:
+        table.add_column(HEADINGS[mode], justify="right")
+    table.add_column("majority", justify="right")
+    for group in scores[modes[0]]:
+        cells = [scores[mode][group] for mode in modes]
+        row = [f"{100 * cell['accuracy']:.1f}" for cell in cells] + [f"{100 * cells[0]['majority']:.1f}"]
+        table.add_row(group, str(cells[0]["n"]), *row, style="bold" if group == "all" else None)
+    console.print(table)
+
+
+HEADINGS = {"real": "real image", "none": "no image", "shuffled": "shuffled image"}

@@ -1,0 +1,1 @@
+"""Records in, batches out: readers, the made-up world, tilings, chat templates, mixtures, the loader."""

@@ -1,0 +1,113 @@
+"""The training loader: draws of a mixture, processed by workers, packed into rows.
+
+One item of the underlying DataLoader is a whole optimizer step of this process, so that the number of answer tokens is
+known before its first backward pass. The loader then yields the step's rows one by one. Its state is one integer.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm_lab.batch import IGNORE, Batch
+from vlm_lab.data.mixture import Mixture
+from vlm_lab.data.process import Example, Processor
+from vlm_lab.data.sample import BadRecord, Source
+
+
+class Records(Dataset):
+    """Draw number -> processed example, or the BadRecord that says why there is none."""
+
+    def __init__(self, sources: Sequence[Source], mixture: Mixture, processor: Processor) -> None:
+        self.sources, self.mixture, self.processor = sources, mixture, processor
+
+    def __getitem__(self, draw: int) -> Example | BadRecord:
+        source, index = self.mixture[draw]
+        try:
+            return self.processor.example(self.sources[source][index])
+        except BadRecord as bad:
+            return bad
+
+
+class Loader:
+    """Yields `steps * parts` rows: each step's share of this process, in `parts` rows of `micro_batch` samples.
+
+    A step draws `batch` samples over all `world` processes. `state_dict` counts finished steps, is the same on every
+    rank, and may be loaded under another `world` or `workers`.
+    """
+
+    def __init__(
+        self, records: Records, steps: int, batch: int, micro_batch: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> None:
+        self.records, self.steps, self.batch = records, steps, batch
+        self.rank, self.world, self.workers = rank, world, workers
+        self.parts = -(-batch // (world * micro_batch))
+        self.start = self.done = 0  # steps to skip on the next pass; steps finished in this one
+
+    def __len__(self) -> int:
+        return self.steps * self.parts
+
+    def __iter__(self) -> Iterator[Batch]:
+        first, self.start = self.start, 0  # a resumed start is used once
+        self.done = first
+        draws = [self.draws(step) for step in range(first, self.steps)]
+        loader = DataLoader(
+            self.records, batch_sampler=draws, collate_fn=self.collate, num_workers=self.workers, prefetch_factor=2 if self.workers else None
+        )
+        for step, rows in enumerate(loader, start=first + 1):
+            for row in rows:
+                if row.part == self.parts - 1:
+                    self.done = step
+                yield row
+
+    def draws(self, step: int) -> range:
+        """Draw numbers of this process in `step`: every `world`-th of the step's `batch`."""
+        return range(step * self.batch + self.rank, (step + 1) * self.batch, self.world)
+
+    def collate(self, examples: Sequence[Example | BadRecord]) -> list[Batch]:
+        """One step's examples to `parts` rows."""
+        chunks = np.array_split(np.arange(len(examples)), self.parts)
+        rows = [self.row([examples[i] for i in chunk]) for chunk in chunks]
+        total = sum(int(row.targets.ne(IGNORE).sum()) for row in rows)
+        for part, row in enumerate(rows):
+            row.num_answers, row.part, row.parts = total, part, self.parts
+        return rows
+
+    def row(self, examples: Sequence[Example | BadRecord]) -> Batch:
+        good = [e for e in examples if isinstance(e, Example)]
+        row = pack(good or [self.empty()], self.records.processor)
+        row.bad = [e for e in examples if isinstance(e, BadRecord)]
+        return row
+
+    def empty(self) -> Example:
+        """Stands in when every record of a row is bad: two tokens, nothing to learn."""
+        return Example("", np.zeros(2, dtype=np.int64), np.full(2, IGNORE), {})
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = self.done = state["steps"]
+
+
+def pack(examples: Sequence[Example], processor: Processor) -> Batch:
+    """Whole examples one after the other in one row; position ids start anew with each."""
+    lengths = [len(e.ids) for e in examples]
+    return Batch(
+        input_ids=torch.from_numpy(np.concatenate([e.ids for e in examples]))[None],
+        targets=torch.from_numpy(np.concatenate([e.targets for e in examples]))[None],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seqlens=[0, *np.cumsum(lengths).tolist()],
+        pixels=stack_views(examples, processor),
+        ids=[e.id for e in examples if e.id],
+    )
+
+
+def stack_views(examples: Sequence[Example], processor: Processor) -> dict[str, Tensor]:
+    """{encoder: uint8 [V, 3, S, S]} of all views in order; one blank view if there is none."""
+    views = {name: [v for e in examples for v in e.views.get(name, ())] for name in processor.eyes}
+    if not any(views.values()):
+        views = processor.blank()
+    return {name: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous() for name, arrays in views.items()}

@@ -1,0 +1,11 @@
+"""The made-up world `data=scenes`: pictures, captions and questions from a seed, with no download and no torch.
+
+    python -m vlm_lab.data.scenes.sheet /tmp/scenes.png        look at it
+
+world (records) -> compose (what is in a scene) -> draw (pixels); facts, knowledge -> questions; captions;
+source (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
+"""
+
+from vlm_lab.data.scenes.source import SceneCaptions, SceneQuestions
+
+__all__ = ["SceneCaptions", "SceneQuestions"]

@@ -1,0 +1,96 @@
+"""Captions for pretraining: `long_caption(scene, rng)`, a full synthetic description, and `alt_text(scene, rng)`.
+
+The long one names everything in the picture. The short one is like text scraped from the web: it covers a part of the
+picture, may be dressed up with noise, and in one case of eight says nothing about the picture at all.
+"""
+
+from collections.abc import Callable, Sequence
+
+from numpy.random import Generator
+
+from vlm_lab.data.scenes.compose import pick, shuffled
+from vlm_lab.data.scenes.vocabulary import WORDS, with_article
+from vlm_lab.data.scenes.world import Chart, Scene, Shape, Sign
+
+OPENINGS = ("The image shows {}.", "This is a picture of {}.", "We see {}.")
+DRESSINGS = ("{}", "{}", "{}.jpg", "{} - stock photo", "photo of {}", "buy {} online", "{} | {noise}", "{noise} {}")
+PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the center", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+
+
+def long_caption(scene: Scene, rng: Generator) -> str:
+    """Everything that is in the picture: looks, sizes, places, texts, values."""
+    sentences = _chart_sentences(scene.chart, rng) if scene.chart else _thing_sentences(scene, rng)
+    opening = pick(rng, OPENINGS).format(f"{_overview(scene)} on a {scene.background} background")
+    return " ".join([opening, *sentences])
+
+
+def _overview(scene: Scene) -> str:
+    if scene.chart:
+        return f"a bar chart with {len(scene.chart.bars)} bars"
+    parts = [(len(scene.signs), "sign"), (len(scene.shapes), "object")]
+    return " and ".join(with_article(noun) if n == 1 else f"{n} {noun}s" for n, noun in parts if n)
+
+
+def _thing_sentences(scene: Scene, rng: Generator) -> list[str]:
+    parts = [_describe(thing, _place(scene, thing)) for thing in shuffled(rng, scene.signs + scene.shapes)]
+    sentences = [pick(rng, ("There is {}.", "It has {}.")).format(_join(parts))]
+    if scene.count:
+        sentences.append(f"Number of {scene.count[0]}: {scene.count[1]}.")
+    for near, far in scene.fronts:
+        sentences.append(f"The {_look(scene.shapes[near])} is in front of the {_look(scene.shapes[far])}.")
+    return sentences
+
+
+def _chart_sentences(chart: Chart, rng: Generator) -> list[str]:
+    forms = ("bar {0.label} is {0.color} with value {0.value}", "the {0.color} bar {0.label} is {0.value} high")
+    form = pick(rng, forms)
+    ranked = sorted(chart.bars, key=lambda bar: bar.value)
+    listed = _join([form.format(bar) for bar in chart.bars])
+    ends = f"The tallest bar is {ranked[-1].label} and the shortest bar is {ranked[0].label}."
+    return [f"From left to right, {listed}.", ends]
+
+
+def _describe(thing: Shape | Sign, place: str) -> str:
+    if isinstance(thing, Shape):
+        return f"{with_article(thing.scale)} {_look(thing)} {place}"
+    what = "number" if thing.text.isdigit() else "word"
+    return f'{with_article(thing.color)} sign with the {what} "{thing.text}" in {thing.scale} letters {place}'
+
+
+def _look(shape: Shape) -> str:
+    return f"{shape.color} {shape.shape}"
+
+
+def _place(scene: Scene, thing: Shape | Sign) -> str:
+    """Where the thing's center is, in thirds of the picture."""
+    return PLACES[min(2, 3 * thing.y // scene.size[1])][min(2, 3 * thing.x // scene.size[0])]
+
+
+def _join(parts: Sequence[str]) -> str:
+    return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
+
+
+def alt_text(scene: Scene, rng: Generator) -> str:
+    """A short, partial, noisy text such as a web page gives with a picture."""
+    if rng.random() < 0.125:
+        return pick(rng, ("IMG_{}.jpg", "DSC{}", "image {}", "{}.png")).format(rng.integers(1000, 10000))
+    return pick(rng, DRESSINGS).format(_glimpse(scene, rng), noise=pick(rng, WORDS))
+
+
+def _glimpse(scene: Scene, rng: Generator) -> str:
+    """A few words about one or two things of the scene."""
+    if scene.chart:
+        labels = " ".join(bar.label for bar in scene.chart.bars)
+        return pick(rng, ("bar chart", f"chart {labels}", f"{len(scene.chart.bars)} bars"))
+    if scene.signs:
+        sign = pick(rng, scene.signs)
+        return pick(rng, (f"{sign.color} sign", f"sign {sign.text}", sign.text))
+    seen = shuffled(rng, scene.shapes)[: 1 + int(rng.integers(2))]
+    return " and ".join(pick(rng, (_look(shape), shape.shape)) for shape in seen)
+
+
+CAPTIONS: dict[str, Callable[[Scene, Generator], str]] = {"long": long_caption, "alt": alt_text}

@@ -1,0 +1,238 @@
+"""Composes scenes answers first: `compose(seed, split, index) -> Scene`.
+
+What will be asked (how many circles, the value of a bar, what is nearer) is drawn uniformly, and the scene is built so
+that it is true. The rest follows from symmetry: colors, shapes, places and orders are exchangeable, so no question's
+wording says anything about its answer. Nothing here is rejected or retried; layouts are built to fit.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import TypeVar
+
+import numpy as np
+from numpy.random import Generator
+
+from vlm_lab.data.scenes.vocabulary import BACKGROUNDS, BAR_LABELS, COLORS, SHAPES, WORDS, plural
+from vlm_lab.data.scenes.world import (
+    FONTS,
+    KINDS,
+    TOP_VALUE,
+    Bar,
+    Chart,
+    Scene,
+    Shape,
+    Sign,
+    block_kinds,
+    em_width,
+    stream,
+)
+
+COUNTED = (1, 2, 3, 4, 5)  # how many of one shape or one color
+TOTALS = (2, 3, 4, 5, 6)  # how many objects in all
+BARS = (2, 3, 4)
+RADII = {"small": 0.09, "medium": 0.12, "large": 0.15}  # in shorter sides
+# How far a shape surely reaches sideways from its center, in radii: what makes two shapes overlap for certain.
+REACH = {"circle": 1.0, "square": 0.88, "triangle": 0.52, "star": 0.6, "cross": 0.95, "heart": 0.8}
+SIGN_LAYOUTS = (("sign", "shape"), ("sign", "shape shape"), ("sign sign", "shape"))
+
+Size = tuple[int, int]
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+Item = TypeVar("Item")
+
+
+def compose(seed: int, split: str, index: int) -> Scene:
+    block, place = divmod(index, len(KINDS))
+    return _COMPOSERS[block_kinds(seed, split, block)[place]](stream(seed, split, index, "scene"))
+
+
+def _objects(rng: Generator) -> Scene:
+    size = _image_size(rng)
+    colors, shapes, named_by, count = _looks(rng)
+    scales = [pick(rng, tuple(RADII)) for _ in colors]
+    radii = [round(RADII[scale] * min(size)) for scale in scales]
+    centers = _grid_centers(rng, size, radii)
+    things = zip(colors, shapes, scales, centers, radii, strict=True)
+    drawn = tuple(Shape(color, shape, scale, *center, r) for color, shape, scale, center, r in things)
+    return Scene(size, "objects", pick(rng, tuple(BACKGROUNDS)), drawn, named_by=named_by, count=count)
+
+
+def _looks(rng: Generator) -> tuple[list[str], list[str], tuple[str, ...], tuple[str, int]]:
+    """Colors and shapes of the objects, what tells them apart, and what is counted and how many there are."""
+    counted = pick(rng, ("objects", "shape", "color"))
+    if counted == "objects":
+        n = pick(rng, TOTALS)
+        return _some(rng, COLORS, n), _some(rng, SHAPES, n), ("color", "shape"), ("objects", n)
+    alike = pick(rng, COUNTED)
+    n = int(rng.integers(max(alike, 3), 7))
+    if counted == "shape":
+        shapes = _alike(rng, SHAPES, alike, n)
+        return _some(rng, COLORS, n), shapes, ("color",), (plural(shapes[0]), alike)
+    colors = _alike(rng, tuple(COLORS), alike, n)
+    return colors, _some(rng, SHAPES, n), ("shape",), (f"{colors[0]} objects", alike)
+
+
+def _alike(rng: Generator, names: Sequence[str], alike: int, n: int) -> list[str]:
+    """`n` names of which exactly the first `alike` are the same one."""
+    focus = pick(rng, names)
+    others = [name for name in names if name != focus]
+    return [focus] * alike + [pick(rng, others) for _ in range(n - alike)]
+
+
+def _depth(rng: Generator) -> Scene:
+    """One or two overlapping pairs, the nearer one in front and often larger; perhaps an object by itself."""
+    size = _image_size(rng)
+    regions = shuffled(rng, pick(rng, (("pair",), ("pair", "pair"), ("pair", "single"))))
+    n = sum(2 if region == "pair" else 1 for region in regions)
+    colors, names = _some(rng, COLORS, n), _some(rng, SHAPES, n)
+    shapes: list[Shape] = []
+    fronts: list[tuple[int, int]] = []
+    for region, box in zip(regions, _split((0, 0, *size), len(regions), size[0] > size[1]), strict=True):
+        looks = [(colors.pop(), names.pop()) for _ in range(2 if region == "pair" else 1)]
+        if region == "pair":
+            fronts.append((len(shapes) + 1, len(shapes)))
+        shapes += _pair(rng, box, *looks) if region == "pair" else _single(rng, box, *looks)
+    return Scene(size, "depth", pick(rng, tuple(BACKGROUNDS)), tuple(shapes), fronts=tuple(fronts))
+
+
+def _pair(rng: Generator, box: Box, far: tuple[str, str], near: tuple[str, str]) -> list[Shape]:
+    """Two shapes side by side that surely overlap, the farther one first (it is drawn first)."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    shrink = pick(rng, (1.0, 0.75, 0.6))
+    r = min(width / (2 + 2 * shrink), height / 2.6) * (0.8 + 0.2 * rng.random())
+    far_r = r * shrink
+    apart = (REACH[near[1]] * r + REACH[far[1]] * far_r) * (0.78 + 0.12 * rng.random())
+    half_width, side = (apart + r + far_r) / 2, pick(rng, (-1, 1))
+    x, y = _place(rng, box, half_width, r * 1.25)
+    drop = r * 0.15 * (rng.random() - 0.5)
+    scales = ("medium", "medium") if shrink == 1 else ("small", "large")
+    behind = Shape(*far, scales[0], round(x - side * (half_width - far_r)), round(y - drop), round(far_r))
+    before = Shape(*near, scales[1], round(x + side * (half_width - r)), round(y + drop), round(r))
+    return [behind, before]
+
+
+def _single(rng: Generator, box: Box, look: tuple[str, str]) -> list[Shape]:
+    r = min(box[2] - box[0], box[3] - box[1]) * 0.25
+    return [Shape(*look, "medium", *_place(rng, box, r, r), round(r))]
+
+
+def _text(rng: Generator) -> Scene:
+    """One or two signs and one or two objects, in bands below or beside each other."""
+    stacked = bool(rng.random() < 0.5)
+    size = _image_size(rng, wide=not stacked)
+    bands = [shuffled(rng, band.split()) for band in shuffled(rng, pick(rng, SIGN_LAYOUTS))]
+    colors, names = _some(rng, COLORS, 4), _some(rng, SHAPES, 2)
+    signs: list[Sign] = []
+    shapes: list[Shape] = []
+    shares = [0.62 if band[0] == "sign" else 0.38 for band in bands]
+    for band, strip in zip(bands, _split((0, 0, *size), len(bands), not stacked, shares), strict=True):
+        # Signs are wide, so two of them stand one below the other; two objects use the strip's longer side.
+        beside = band[0] == "shape" and stacked
+        for item, box in zip(band, _split(strip, len(band), beside), strict=True):
+            if item == "sign":
+                signs.append(_sign(rng, box, colors.pop()))
+            else:
+                shapes += _marker(rng, box, min(size), colors.pop(), names.pop())
+    return Scene(size, "text", pick(rng, tuple(BACKGROUNDS)), tuple(shapes), tuple(signs))
+
+
+def _marker(rng: Generator, box: Box, side: int, color: str, name: str) -> list[Shape]:
+    scale = pick(rng, tuple(RADII))
+    r = min(RADII[scale] * side, (min(box[2] - box[0], box[3] - box[1]) - 4) / 2)
+    return [Shape(color, name, scale, *_place(rng, box, r, r), round(r))]
+
+
+def _sign(rng: Generator, box: Box, color: str) -> Sign:
+    """A sign whose letters mostly fill the box; one in six has small print, which a low resolution loses."""
+    text = pick(rng, WORDS) if rng.random() < 0.7 else _number(rng, int(rng.integers(2, 5)))
+    fill = min((box[2] - box[0] - 4) / (em_width(text) + 0.5), (box[3] - box[1] - 4) / 1.4)
+    scale = pick(rng, ("large", "large", "large", "large", "medium", "small"))
+    px = {"large": fill * (0.85 + 0.15 * rng.random()), "medium": fill * 0.65, "small": 10 + 2 * rng.random()}[scale]
+    px = int(min(fill, max(px, 10)))
+    sign = Sign(color, text, pick(rng, FONTS), scale, px, 0, 0)
+    x, y = _place(rng, box, *sign.half_size)
+    return replace(sign, x=x, y=y)
+
+
+def _number(rng: Generator, digits: int) -> str:
+    return str(rng.integers(10 ** (digits - 1), 10**digits))
+
+
+def _chart(rng: Generator) -> Scene:
+    size = _image_size(rng)
+    n = pick(rng, BARS)
+    looks = zip(_some(rng, COLORS, n), _some(rng, BAR_LABELS, n), _values(rng, n), strict=True)
+    bars = tuple(Bar(*look) for look in looks)
+    px = int(min(20, size[0] / n / 1.5, max(10, size[1] * (0.09 + 0.05 * rng.random()))))
+    chart = Chart(bars, px, printed=bool(rng.random() < 0.5))
+    return Scene(size, "chart", pick(rng, tuple(BACKGROUNDS)), chart=chart, named_by=("color",), count=("bars", n))
+
+
+def _values(rng: Generator, n: int) -> list[int]:
+    """`n` bar values at least 2 apart, each uniform on 1..9.
+
+    They are chosen on a circle of nine values and turned by a random step: every turn is as likely, so each bar's value
+    stays uniform although no two are close.
+    """
+    gaps = 2 + np.bincount(rng.integers(n, size=TOP_VALUE - 2 * n), minlength=n)
+    turned = (np.cumsum(gaps) + rng.integers(TOP_VALUE)) % TOP_VALUE + 1
+    return [int(value) for value in rng.permutation(turned)]
+
+
+def _image_size(rng: Generator, wide: bool | None = None) -> Size:
+    """(width, height): sides of 80 to 200 pixels, aspect 1:2 to 2:1; `wide=None` gives either orientation."""
+    longer = int(rng.integers(110, 201))
+    shorter = round(longer / (1 + rng.random() * (min(2.0, longer / 80) - 1)))
+    wide = bool(rng.random() < 0.5) if wide is None else wide
+    return (longer, shorter) if wide else (shorter, longer)
+
+
+def _grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int, int]]:
+    """Centers in different cells of a grid whose cells hold the largest shape: nothing overlaps."""
+    along, across = (3, 3) if max(size) < 1.4 * min(size) else (4, 2)
+    columns, rows = (along, across) if size[0] > size[1] else (across, along)
+    boxes = [box for row in _split((0, 0, *size), rows, False) for box in _split(row, columns, True)]
+    return [_place(rng, box, r, r) for box, r in zip(_some(rng, boxes, len(radii)), radii, strict=True)]
+
+
+def _split(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
+    """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of 1."""
+    x0, y0, x1, y1 = box
+    edges = np.cumsum([0.0, *(shares or [1 / n] * n)]).tolist()
+    spans = pairwise(edges)
+    if beside:
+        return [(x0 + a * (x1 - x0), y0, x0 + b * (x1 - x0), y1) for a, b in spans]
+    return [(x0, y0 + a * (y1 - y0), x1, y0 + b * (y1 - y0)) for a, b in spans]
+
+
+def _place(rng: Generator, box: Box, half_width: float, half_height: float) -> tuple[int, int]:
+    """A random center at which something of this size stays inside the box.
+
+    Only the middle half of the free room is used, so that things in neighboring boxes are surely apart by the margin
+    that position questions ask for (`facts.PLACE_MARGIN`).
+    """
+    free_x = max(0.0, box[2] - box[0] - 2 * half_width) / 2
+    free_y = max(0.0, box[3] - box[1] - 2 * half_height) / 2
+    x = (box[0] + box[2]) / 2 + free_x * (rng.random() - 0.5)
+    return round(x), round((box[1] + box[3]) / 2 + free_y * (rng.random() - 0.5))
+
+
+def pick(rng: Generator, items: Sequence[Item]) -> Item:
+    return items[int(rng.integers(len(items)))]
+
+
+def shuffled(rng: Generator, items: Sequence[Item]) -> list[Item]:
+    return [items[i] for i in rng.permutation(len(items))]
+
+
+def _some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
+    """`n` different items in random order."""
+    return shuffled(rng, tuple(items))[:n]
+
+
+_COMPOSERS: dict[str, Callable[[Generator], Scene]] = {
+    "objects": _objects,
+    "depth": _depth,
+    "text": _text,
+    "chart": _chart,
+}

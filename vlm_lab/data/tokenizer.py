@@ -1,0 +1,68 @@
+"""Tokenizers: a pretrained one from the hub or a folder, or a small one trained on the data's own text and cached.
+
+The small one is a byte-level BPE (nothing is ever out of vocabulary) that splits numbers into digits. Its cache key is
+the text's fingerprint, so two runs on the same data share it.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from vlm_lab.data.chat import TEMPLATES, Template
+from vlm_lab.data.sample import BadRecord, Source
+
+TEXTS = 2000  # records per source that the vocabulary is made from
+VERSION = 1  # raise when the recipe below changes
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.is_fast:
+        raise ValueError(f"llm.tokenizer = {path}: only fast tokenizers are supported (answers are found by offsets)")
+    return tokenizer
+
+
+def trained_tokenizer(sources: Iterable[Source], template: str, vocab_size: int, cache: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` entries from the first TEXTS records of each source."""
+    sources = list(sources)
+    recipe = f"{VERSION} {template} {vocab_size} " + " ".join(source.fingerprint() for source in sources)
+    folder = cache / "tokenizers" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_suffix(f".{os.getpid()}")
+            train(sources, TEMPLATES[template], vocab_size).save_pretrained(partial)
+            partial.rename(folder)
+    return load_tokenizer(str(folder))
+
+
+def train(sources: list[Source], template: Template, vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", *template.specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(itertools.chain.from_iterable(map(texts, sources)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=template.stop)
+
+
+def texts(source: Source) -> Iterator[str]:
+    for index in range(min(TEXTS, len(source))):
+        try:
+            sample = source[index]
+        except BadRecord:  # the loader counts and reports it
+            continue
+        for message in sample.messages:
+            yield from (part for part in message.content if isinstance(part, str))

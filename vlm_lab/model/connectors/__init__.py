@@ -1,0 +1,38 @@
+"""Connectors: encoder features to LLM embeddings, one file each.
+
+A connector is an `nn.Module` built as `Connector(dims, out_dim, **yaml)`: `dims` maps encoder name to channel width,
+`out_dim` is the LLM's hidden size. It offers
+
+    forward(features: dict[str, FeatureMap]) -> [V, T, out_dim]
+    grid(grids: dict[str, (h, w)]) -> (h, w)       of the tokens that come out; T == h * w (T in one row if not spatial)
+"""
+
+import math
+
+from torch import Tensor, nn
+
+from vlm_lab.model.features import FeatureMap
+
+Grid = tuple[int, int]
+
+
+class Connector(nn.Module):
+    """Base of all connectors: checks how many encoders a connector can take, and counts tokens from `grid`."""
+
+    multi = False  # whether several encoders can feed it
+
+    def __init__(self, dims: dict[str, int], out_dim: int) -> None:
+        super().__init__()
+        if len(dims) > 1 and not self.multi:
+            raise ValueError(f"connector {type(self).__name__} takes one encoder, got {len(dims)}: {', '.join(dims)}")
+        self.dims, self.out_dim = dict(dims), out_dim
+
+    def grid(self, grids: dict[str, Grid]) -> Grid:
+        """Shape (h, w) of the output tokens for these input grids. Default: as the first encoder's."""
+        return next(iter(grids.values()))
+
+    def num_tokens(self, grids: dict[str, Grid]) -> int:
+        return math.prod(self.grid(grids))
+
+    def forward(self, features: dict[str, FeatureMap]) -> Tensor:
+        raise NotImplementedError

@@ -1,0 +1,76 @@
+"""Vision encoders: pixels in, a `FeatureMap` of patch tokens out. Any Vision Transformer of timm, at any width.
+
+Shapes come from the YAML, so `scale=tiny` is the same class at toy size; `weights` are random, the hub's, or a file's.
+Pixels arrive as uint8 and are normalised here, on the device, with the checkpoint's own mean and std.
+"""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vlm_lab.model.features import FeatureMap
+
+
+class TimmEncoder(nn.Module):
+    """A timm Vision Transformer as an encoder.
+
+    Args:
+        name: timm model id, with its tag (`vit_so400m_patch14_siglip_384`).
+        weights: None (random), "pretrained" (timm downloads them), or the path of a checkpoint file.
+        layer: index of the block whose output is used (-1 the last one, with the final norm; others without it).
+        image_size, patch_size: pixels per side; width, depth, heads: of the transformer.
+
+    `forward(pixels uint8 [V, 3, S, S]) -> FeatureMap` with S == image_size; class and register tokens are dropped.
+    """
+
+    def __init__(
+        self, name: str, weights: str | None, layer: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"encoder {name}: patch_size {patch_size} does not divide image_size {image_size}")
+        if not -depth <= layer < depth:
+            raise ValueError(f"encoder {name}: layer {layer} is outside its {depth} blocks")
+        shape = dict(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads)
+        self.model = create(name, weights, shape)
+        self.dim, self.image_size, self.stride = width, image_size, patch_size
+        self.layer = layer % depth
+        self.last = self.layer == depth - 1
+        keep_used_blocks(self.model, self.layer, self.last)
+        config = self.model.pretrained_cfg
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.register_buffer("shift", 255 * torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", 255 * torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // self.stride
+        return side, side
+
+    def forward(self, pixels: Tensor) -> FeatureMap:
+        images = (pixels.to(self.shift.dtype) - self.shift) / self.scale  # [V, 3, S, S]
+        tokens = self.model.forward_intermediates(
+            images, indices=[self.layer], norm=self.last, output_fmt="NLC", intermediates_only=True
+        )[0]  # [V, h*w, C]
+        return FeatureMap(tokens, self.grid)
+
+
+def create(name: str, weights: str | None, shape: dict[str, int]) -> nn.Module:
+    if weights is None or weights == "pretrained":
+        return timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="", **shape)
+    if not Path(weights).is_file():
+        raise ValueError(f"encoder {name}: weights = {weights}: no such file (or say `pretrained`)")
+    overlay = dict(file=weights, num_classes=0)
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, global_pool="", **shape
+    )
+
+
+def keep_used_blocks(model: nn.Module, layer: int, last: bool) -> None:
+    """Drop what lies behind the layer in use: dead weights cost memory, and would never receive a gradient."""
+    model.blocks = model.blocks[: layer + 1]
+    for dead in ("attn_pool", "fc_norm", "head", *(() if last else ("norm",))):
+        if getattr(model, dead, None) is not None:
+            setattr(model, dead, nn.Identity())

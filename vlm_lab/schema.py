@@ -1,0 +1,162 @@
+"""The typed root of every configuration, and `check`: the only door from Hydra into the rest of the package.
+
+`check(DictConfig) -> Config` resolves, validates types, unknown keys, component arguments, module paths and files, and
+refuses with one line that names the field. It imports neither torch nor lightning, so a typo costs under a second.
+Every field carries its kind: IDENTITY decides the trained weights, PERFORMANCE only how fast, COSMETIC only the looks;
+the stage store hashes the identity fields alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from vlm_lab.components import bind
+
+IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
+Node = dict[str, Any]  # a component: `_target_` and its constructor's arguments
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Stage(Strict):
+    """One training stage. `train` maps module paths to peak learning rates; what it does not name is frozen."""
+
+    mixture: Annotated[str, IDENTITY]
+    train: Annotated[dict[str, float | None], IDENTITY]
+    steps: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # optimizer steps; give this or `epochs`
+    epochs: Annotated[float | None, IDENTITY] = Field(None, gt=0)
+    batch: Annotated[int, IDENTITY] = Field(gt=0)  # samples per optimizer step, over all processes
+    micro_batch: Annotated[int, PERFORMANCE] = Field(gt=0)  # samples per forward pass of one process
+    schedule: Annotated[Literal["cosine", "constant"], IDENTITY] = "cosine"
+    warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
+    weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
+    clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
+    max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
+
+    @model_validator(mode="after")
+    def one_length(self) -> Stage:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
+        if not any(self.train.values()):
+            raise ValueError("train names nothing to train: every rate is null")
+        return self
+
+
+class Data(Strict):
+    """Sources of records, how stages mix them, and the tasks they are evaluated on."""
+
+    sources: Annotated[dict[str, Node], IDENTITY]
+    mixtures: Annotated[dict[str, dict[str, float]], IDENTITY]
+    tasks: Annotated[dict[str, Node], COSMETIC]
+    path: Annotated[str | None, COSMETIC] = None  # only ever used inside `sources`
+    root: Annotated[str | None, COSMETIC] = None
+    eval_path: Annotated[str | None, COSMETIC] = None
+    holdout: Annotated[int, IDENTITY] = Field(0, ge=0)  # records per source, when no task has a file of its own
+    max_bad: Annotated[int, COSMETIC] = Field(0, ge=0)
+
+
+class Trainer(Strict):
+    accelerator: Annotated[Literal["cpu", "gpu"], PERFORMANCE]
+    devices: Annotated[int, PERFORMANCE] = Field(1, gt=0)
+    strategy: Annotated[str, PERFORMANCE] = "auto"
+    precision: Annotated[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"], IDENTITY]
+    num_workers: Annotated[int, PERFORMANCE] = Field(0, ge=0)
+
+
+class Eval(Strict):
+    images: Annotated[list[Literal["real", "none", "shuffled"]], COSMETIC] = Field(min_length=1)
+    limit: Annotated[int | None, COSMETIC] = Field(None, gt=0)  # questions per task
+    batch: Annotated[int, PERFORMANCE] = Field(gt=0)
+    max_new_tokens: Annotated[int, COSMETIC] = Field(gt=0)
+
+
+class Config(Strict):
+    name: Annotated[str, COSMETIC]
+    seed: Annotated[int, IDENTITY] = Field(ge=0)
+    output: Annotated[str, COSMETIC]
+    scale: Annotated[Literal["tiny", "full"], COSMETIC]  # its effects are all in the fields that it sets
+    encoder: Annotated[dict[str, Node], IDENTITY]
+    connector: Annotated[Node, IDENTITY]
+    llm: Annotated[Node, IDENTITY]
+    tiling: Annotated[Node, IDENTITY]
+    data: Annotated[Data, IDENTITY]
+    stages: Annotated[dict[str, Stage], IDENTITY] = Field(min_length=1)
+    trainer: Annotated[Trainer, IDENTITY]
+    logger: Annotated[Node, COSMETIC]
+    eval: Annotated[Eval, COSMETIC]
+
+
+def register_resolvers() -> None:
+    """`${scale:A,B}`: A at scale=tiny, B at scale=full."""
+    pick = lambda tiny, full, *, _root_: tiny if _root_.scale == "tiny" else full  # noqa: E731
+    OmegaConf.register_new_resolver("scale", pick, replace=True)
+
+
+def check(cfg: DictConfig, choices: dict[str, Any] | None = None) -> Config:
+    """Resolved, validated configuration. Raises ValueError with one line naming the field and the way out."""
+    tree = OmegaConf.to_container(cfg, resolve=True)
+    tree["name"] = tree.get("name") or label(tree, choices or {})
+    config = Config.model_validate(tree)
+    for field, node, runtime in components(config):
+        bind(field, node, runtime)
+    for name, stage in config.stages.items():
+        check_stage(name, stage, config)
+    check_paths(config)
+    return config
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run, from its config.yaml; `overrides` as on the command line (`eval.limit=100`)."""
+    tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    return Config.model_validate(OmegaConf.to_container(tree))
+
+
+def dump(config: Config, path: Path) -> None:
+    OmegaConf.save(OmegaConf.create(config.model_dump()), path)
+
+
+def label(tree: Node, choices: dict[str, Any]) -> str:
+    parts = ["+".join(tree["encoder"]), *(choices.get(group, "") for group in ("connector", "llm", "data"))]
+    return "-".join(filter(None, parts))
+
+
+def components(config: Config) -> list[tuple[str, Node, set[str]]]:
+    """(field, node, arguments that code sets) of everything that build.py will construct."""
+    nodes = [(f"encoder.{name}", node, set()) for name, node in config.encoder.items()]
+    nodes += [("connector", config.connector, {"dims", "out_dim"}), ("llm", config.llm, set())]
+    nodes += [("tiling", config.tiling, set()), ("logger", config.logger, {"config", "run"})]
+    for group in ("sources", "tasks"):
+        nodes += [(f"data.{group}.{name}", node, set()) for name, node in getattr(config.data, group).items()]
+    return nodes
+
+
+def check_stage(name: str, stage: Stage, config: Config) -> None:
+    if stage.mixture not in config.data.mixtures:
+        have = ", ".join(config.data.mixtures)
+        raise ValueError(f"stages.{name}.mixture = {stage.mixture}: this data option offers {have}")
+    for path in stage.train:
+        head, _, rest = path.partition(".")
+        part = rest.split(".")[0]
+        if head not in ("encoder", "connector", "llm") or (head == "encoder" and part and part not in config.encoder):
+            options = ["connector", "llm", "encoder", *(f"encoder.{e}" for e in config.encoder)]
+            raise ValueError(f"stages.{name}.train.{path}: no such module; there are {', '.join(options)}")
+    processes = config.trainer.devices
+    if stage.batch % processes:
+        raise ValueError(f"stages.{name}.batch = {stage.batch} is not a multiple of trainer.devices = {processes}")
+
+
+def check_paths(config: Config) -> None:
+    unknown = [(m, s) for m, weights in config.data.mixtures.items() for s in weights if s not in config.data.sources]
+    for mixture, source in unknown:
+        raise ValueError(f"data.mixtures.{mixture}.{source}: no such source; there are {', '.join(config.data.sources)}")
+    for field in ("path", "root", "eval_path"):
+        path = getattr(config.data, field)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"data.{field} = {path}: no such file or folder (from {Path.cwd()})")
