@@ -54,7 +54,10 @@ class ColourSource:
             messages, images = (ask, answer), (Plain(colour),)
         elif index % 3 == 1:
             both = Message("user", ("First ", ImageSlot(0), " second ", ImageSlot(1), " which colours?"))
-            messages, images = (both, Message("assistant", (f"{colour} and then {other}",))), (Plain(colour), Plain(other))
+            messages, images = (
+                (both, Message("assistant", (f"{colour} and then {other}",))),
+                (Plain(colour), Plain(other)),
+            )
         else:
             follow = (Message("user", ("Name a colour.",)), Message("assistant", (f"{other} is one",)))
             messages, images = (Message("user", (f"Say {colour}.",)), answer, *follow), ()

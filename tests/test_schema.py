@@ -30,7 +30,9 @@ def test_every_field_is_classified() -> None:
     kinds = {schema.IDENTITY, schema.PERFORMANCE, schema.COSMETIC}
     models = [schema.Config, schema.Stage, schema.Data, schema.Trainer, schema.Eval]
     fields = [(m.__name__, name, info) for m in models for name, info in m.model_fields.items()]
-    wrong = [f"{m}.{name}" for m, name, info in fields if len(kinds & {x for x in info.metadata if isinstance(x, str)}) != 1]
+    wrong = [
+        f"{m}.{name}" for m, name, info in fields if len(kinds & {x for x in info.metadata if isinstance(x, str)}) != 1
+    ]
     assert wrong == []
 
 
@@ -66,7 +68,7 @@ MISTAKES = [
     ("connector._target_=os.system", "connector._target_ = os.system: no such class or function below vlm_lab"),
     ("data=llava_json", "data.path must be given"),
     ("data=llava_json data.path=/no/such/file.json", "data.path = /no/such/file.json: no such file"),
-    ("trainer.devices=3", "stages.align.batch = 32 is not a multiple of trainer.devices = 3"),
+    ("trainer.devices=3", "stages.align.batch = 16 is not a multiple of trainer.devices = 3"),
     ("trainer.precision=64", "trainer.precision = 64"),
     ("eval.images=[real,blurred]", "eval.images.1 = 'blurred'"),
     ("seed==1", "seed==1"),
@@ -75,7 +77,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES)
 def test_mistakes_are_one_clear_line(overrides: str, message: str) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         schema.check(composed(*overrides.split()))
     line = explain(caught.value)
     assert message in line
@@ -93,6 +95,8 @@ def test_a_typo_is_answered_by_the_command_in_a_second_without_torch() -> None:
     errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
     assert errors == ["error: encoder=siglib: no such option, did you mean siglip?; there are clip, dinov2, siglip"]
     assert result.returncode == 1
-    imported = {line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
     assert not imported & {"torch", "lightning", "transformers", "timm", "wandb", "numpy"}
     assert min(seconds) < 1.0

@@ -34,7 +34,7 @@ def sources(config: Config) -> dict[str, Source]:
 
 
 def tasks(config: Config) -> dict[str, Source]:
-    """The evaluation sources by name, one question per record; the held-out records if no task has a file of its own."""
+    """The evaluation sources by name, one question a record; held-out records if no task has a file of its own."""
     from vlm_lab.data.sources import Holdout, SingleTurn
 
     if not held_out(config):
@@ -58,7 +58,7 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerFast:
-    """The LLM's tokenizer: the one saved in folder `trained`, the configured one, or one made from the sources' text."""
+    """The LLM's tokenizer: the one saved in `trained`, the configured one, or one made from the sources' text."""
     from vlm_lab.data.tokenizer import load_tokenizer, trained_tokenizer
 
     if trained is not None:
@@ -80,7 +80,7 @@ def vlm(config: Config) -> VLM:
     llm = make(config.llm)
     dims = {name: encoder.dim for name, encoder in encoders.items()}
     connector = make(config.connector, dims=dims, out_dim=llm.get_input_embeddings().embedding_dim)
-    return VLM(encoders, connector, llm)
+    return VLM(encoders, connector, llm, newline=make(config.tiling).newline)
 
 
 def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_tokens: int) -> Processor:
@@ -88,7 +88,7 @@ def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_t
     from vlm_lab.data.chat import Chat
     from vlm_lab.data.process import Eye, Processor
 
-    eyes = {name: Eye(encoder.image_size, encoder.mean) for name, encoder in model.encoder.items()}
+    eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in model.encoder.items()}
     grid = model.connector.grid({name: encoder.grid for name, encoder in model.encoder.items()})
     chat = Chat(tokens, config.llm["chat"], config.llm["system"])
     return Processor(chat, make(config.tiling), eyes, grid, max_tokens)

@@ -26,6 +26,7 @@ class Meter(Callback):
         self.stage, self.path, self.logger, self.offset, self.window = stage, path, logger, offset, window
         self.samples = self.tokens = self.answers = 0
         self.lines: list[str] = []  # what this stage wrote, to be kept beside its weights
+        self.first_step_at = 0.0  # seconds since the epoch
         self.marks: list[tuple[float, int, int]] = []  # (time, samples, tokens) of the last steps
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
@@ -52,8 +53,10 @@ class Meter(Callback):
 
     def step_done(self, trainer: Trainer, module: VLMTraining) -> None:
         loss, now = module.loss_of_step(), time.perf_counter()
+        self.first_step_at = self.first_step_at or time.time()
         self.marks = [*self.marks[-self.window :], (now, self.samples, self.tokens)]
-        (t, samples, tokens), seconds = self.marks[0], now - self.marks[0][0]
+        since, samples, tokens = self.marks[0]
+        seconds = now - since
         rates = {"samples_per_s": (self.samples - samples) / seconds, "tokens_per_s": (self.tokens - tokens) / seconds}
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         line = {"stage": self.stage, "step": trainer.global_step, "loss": loss, "lr": lr, **rates}
@@ -75,7 +78,8 @@ class Meter(Callback):
 
     def summary(self) -> dict[str, Any]:
         """Totals over all processes, for stage.json."""
-        return {"samples": self.samples, "tokens": self.tokens, "label_tokens": self.answers, "seconds": self.seconds}
+        counts = {"samples": self.samples, "tokens": self.tokens, "label_tokens": self.answers}
+        return {**counts, "seconds": self.seconds, "first_step_at": self.first_step_at}
 
 
 class BadRecords(Callback):

@@ -84,7 +84,7 @@ def find(target: str) -> ast.ClassDef | ast.FunctionDef | None:
 
 
 def module_path(module: str) -> Path | None:
-    if module.split(".")[0] != "vlm_lab":
+    if module.split(".", maxsplit=1)[0] != "vlm_lab":
         return None
     base = ROOT.joinpath(*module.split(".")[1:])
     path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")

@@ -22,12 +22,9 @@ def show_trainability(stage: str, rows: Sequence[Any]) -> None:
 def show_scores(task: str, scores: dict[str, dict[str, Any]]) -> None:
     """`scores[images][group]` has accuracy (0..1) and n; one row per group, one column per way of showing images."""
     modes = list(scores)
-    table = Table(title=f"{task}: accuracy in %", title_justify="left")
-    table.add_column("group")
-    table.add_column("questions", justify="right")
-    for mode in modes:
-        table.add_column(HEADINGS[mode], justify="right")
-    table.add_column("majority", justify="right")
+    table = Table(title=f"{task}: accuracy in %, by the image that the model is shown", title_justify="left")
+    for heading in ("group", "questions", *(HEADINGS[mode] for mode in modes), "majority"):
+        table.add_column(heading, justify="left" if heading == "group" else "right", no_wrap=True)
     for group in scores[modes[0]]:
         cells = [scores[mode][group] for mode in modes]
         row = [f"{100 * cell['accuracy']:.1f}" for cell in cells] + [f"{100 * cells[0]['majority']:.1f}"]
@@ -35,4 +32,4 @@ def show_scores(task: str, scores: dict[str, dict[str, Any]]) -> None:
     console.print(table)
 
 
-HEADINGS = {"real": "real image", "none": "no image", "shuffled": "shuffled image"}
+HEADINGS = {"real": "real image", "none": "no image", "shuffled": "shuffled"}

@@ -1,4 +1,4 @@
-"""Turns a configuration error of Hydra, OmegaConf or pydantic into one line: which field, what is wrong, the way out."""
+"""A configuration error of Hydra, OmegaConf or pydantic as one line: which field, what is wrong, the way out."""
 
 import difflib
 import re
@@ -35,7 +35,7 @@ def explain_composition(error: HydraException) -> str:
     text = str(error)
     if option := re.search(r"Could not find '(\S+?)/(\S+)'", text):
         group, name = option.groups()
-        options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.M)
+        options = re.findall(r"^\t(\S+)$", text.split("Config search path", maxsplit=1)[0], re.M)
         return f"{group}={name}: no such option{close(name, options)}; there are {', '.join(sorted(options))}"
     if setting := re.search(r"Could not override '(\S+?)'", text):
         path = setting.group(1)

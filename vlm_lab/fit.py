@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning import Trainer, seed_everything
+from lightning import seed_everything
 from safetensors.torch import load_model, save_model
 
 from vlm_lab import build, schema

@@ -111,7 +111,10 @@ def write_result(run: Path, config: Config, body: dict[str, Any]) -> None:
 
 def git_state() -> dict[str, Any]:
     """Commit and whether files differ from it; empty outside a git checkout."""
-    here = Path(__file__).parent
-    git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True).stdout.strip()  # noqa: E731
     commit = git("rev-parse", "HEAD")
     return {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else {}
+
+
+def git(*args: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

@@ -34,7 +34,9 @@ class VLMTraining(LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         if batch.part == 0:
-            self.total = self.sum_over_processes(torch.tensor(float(batch.num_answers), device=self.device)).clamp(min=1)
+            self.total = self.sum_over_processes(torch.tensor(float(batch.num_answers), device=self.device)).clamp(
+                min=1
+            )
             self.step_loss = torch.zeros((), device=self.device)
         loss = self.vlm(batch) / self.total
         self.step_loss += loss.detach()
@@ -49,7 +51,7 @@ class VLMTraining(LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         groups = freeze.param_groups(self.vlm, self.stage.train, self.stage.weight_decay)
-        optimizer = AdamW(groups, fused=True)
+        optimizer = AdamW(groups, betas=(0.9, self.stage.beta2), fused=True)
         factor = partial(SCHEDULES[self.stage.schedule], steps=self.steps, warmup=round(self.stage.warmup * self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

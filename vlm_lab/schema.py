@@ -37,6 +37,7 @@ class Stage(Strict):
     schedule: Annotated[Literal["cosine", "constant"], IDENTITY] = "cosine"
     warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
     weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
+    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
     max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
 
@@ -155,7 +156,9 @@ def check_stage(name: str, stage: Stage, config: Config) -> None:
 def check_paths(config: Config) -> None:
     unknown = [(m, s) for m, weights in config.data.mixtures.items() for s in weights if s not in config.data.sources]
     for mixture, source in unknown:
-        raise ValueError(f"data.mixtures.{mixture}.{source}: no such source; there are {', '.join(config.data.sources)}")
+        raise ValueError(
+            f"data.mixtures.{mixture}.{source}: no such source; there are {', '.join(config.data.sources)}"
+        )
     for field in ("path", "root", "eval_path"):
         path = getattr(config.data, field)
         if path is not None and not Path(path).exists():

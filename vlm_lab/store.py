@@ -25,7 +25,7 @@ RECORD = "stage.json"
 
 
 def stage_keys(config: Config, fingerprints: dict[str, str]) -> dict[str, str]:
-    """{stage: key} in order. A key covers the parts, the stage, its data, precision, seed, code and all earlier stages."""
+    """{stage: key} in order. A key covers parts, stage, data, precision, seed, code, and all earlier stages."""
     keys: dict[str, str] = {}
     parent = code_version()
     for name in config.stages:
@@ -85,7 +85,7 @@ class Store:
         return json.loads((self.path(key) / RECORD).read_text())
 
     def obtain(self, key: str, train: Callable[[Path], None]) -> bool:
-        """Have `key` finished: reuse it (True), or let `train(folder)` make it, stage.json last, under the lock (False)."""
+        """Have `key` finished: reuse it (True), or let `train(folder)` make it under the lock, stage.json last."""
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / f"{key}.lock"):
             if self.has(key):

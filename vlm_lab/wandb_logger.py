@@ -12,7 +12,7 @@ from typing import Any
 import wandb
 
 from vlm_lab.data.images import load_image
-from vlm_lab.data.sample import Sample
+from vlm_lab.data.sample import Sample, Video
 from vlm_lab.eval.metrics import Record, correct
 from vlm_lab.schema import Config
 
@@ -24,7 +24,9 @@ class WandbLogger:
     the tables of predictions. The current directory gets no files.
     """
 
-    def __init__(self, config: Config, run: Path, project: str, group: str | None, tags: list[str], samples: int) -> None:
+    def __init__(
+        self, config: Config, run: Path, project: str, group: str | None, tags: list[str], samples: int
+    ) -> None:
         self.samples = samples
         keep_files_below(run)
         self.run = wandb.init(
@@ -54,8 +56,9 @@ class WandbLogger:
         """`samples/<task>.<mode>`: the first rows with what the model was shown, asked, and answered."""
         table = wandb.Table(columns=["id", "group", "image", "question", "prediction", "target", "correct"])
         for sample, record in list(zip(samples, records, strict=True))[: self.samples]:
-            shown = [] if "error" in record else sample.images
-            image = wandb.Image(load_image(shown[0], sample.source, sample.id)) if shown else None
+            pictures = [ref for ref in sample.images if not isinstance(ref, Video)]
+            shown = pictures if "error" not in record else []
+            image = wandb.Image(load_image(shown[0], sample.where, sample.id)) if shown else None
             fields = [record[key] for key in ("question", "prediction", "target")]
             table.add_data(record["id"], record["group"], image, *fields, correct(record))
         self.run.log({f"samples/{task}.{mode}": table})

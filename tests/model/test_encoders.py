@@ -41,8 +41,15 @@ def test_layer_is_timms_own_intermediate(layer: int) -> None:
     assert max_difference(encoder(PIXELS).tokens, expected) <= 1e-5
 
 
+def test_a_remainder_of_the_image_is_cut_off() -> None:
+    """SigLIP's published 384 px at patch 14 is a grid of 27."""
+    encoder = TimmEncoder(NAME, None, -1, **{**TINY, "image_size": 30})
+    assert encoder.grid == (3, 3)
+    assert encoder(torch.zeros(1, 3, 30, 30, dtype=torch.uint8)).tokens.shape == (1, 9, 16)
+
+
 def test_weights_from_a_file(tmp_path: Path) -> None:
-    """A checkpoint in timm's naming gives the same features; its position embedding is resampled if the grid differs."""
+    """A checkpoint in timm's naming gives the same features; its positions are resampled if the grid differs."""
     whole = timm.create_model(NAME, img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, num_classes=0)
     save_file(whole.state_dict(), tmp_path / "siglip.safetensors")
     encoder = TimmEncoder(NAME, str(tmp_path / "siglip.safetensors"), -1, **TINY).eval()
@@ -55,7 +62,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 30}, "patch_size 8 does not divide image_size 30"),
+        ({"image_size": 7}, "image_size 7 is smaller than patch_size 8"),
         ({"layer": 3}, "layer 3 is outside its 3 blocks"),
         ({"weights": "/no/such/file"}, "no such file"),
     ],

@@ -51,7 +51,7 @@ def test_loss_is_that_of_stock_transformers(make_vlm: Callable[..., VLM], proces
     stock.load_state_dict(vlm.llm.state_dict())
     total = 0.0
     for row in single:
-        logits = stock(inputs_embeds=vlm.embed(row.input_ids, row.pixels)).logits
+        logits = stock(inputs_embeds=vlm.embed(row)).logits
         total += F.cross_entropy(logits[0], row.targets[0], ignore_index=IGNORE, reduction="sum").item()
     assert vlm(packed).item() == pytest.approx(total, rel=1e-5)
 
@@ -76,14 +76,16 @@ def test_a_sample_never_moves_anothers_logits(make_vlm: Callable[..., VLM], proc
 
 def hidden(vlm: VLM, batch: Batch) -> torch.Tensor:
     return vlm.llm.model(
-        inputs_embeds=vlm.embed(batch.input_ids, batch.pixels),
+        inputs_embeds=vlm.embed(batch),
         position_ids=batch.position_ids,
         attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),
         cu_seq_lens_q=batch.cu_seqlens,
     ).last_hidden_state
 
 
-def test_text_only_row_reaches_the_encoder_with_zero_gradient(make_vlm: Callable[..., VLM], processor: Processor) -> None:
+def test_text_only_row_reaches_the_encoder_with_zero_gradient(
+    make_vlm: Callable[..., VLM], processor: Processor
+) -> None:
     vlm, text = make_vlm(), pack([processor.example(ColourSource()[2])], processor)
     found = gradients(vlm, [text])
     assert all(not found[name].any() for name in found if name.startswith(("encoder", "connector")))
@@ -93,7 +95,7 @@ def test_text_only_row_reaches_the_encoder_with_zero_gradient(make_vlm: Callable
 def test_placeholder_and_view_counts_must_agree(make_vlm: Callable[..., VLM], processor: Processor) -> None:
     row = rows(processor)[0]
     row.pixels = {"eye": row.pixels["eye"][:-1]}
-    with pytest.raises(ValueError, match=r"\d+ image placeholders but \d+ visual tokens"):
+    with pytest.raises(ValueError, match=r"\d+ views laid out but \d+ encoded"):
         make_vlm()(row)
 
 
@@ -113,7 +115,7 @@ def test_cached_generation_equals_recomputing_every_step(make_vlm: Callable[...,
     vlm, example = make_vlm().eval(), processor.prompt(ColourSource()[0])
     prompt = pad_left([example], processor)
     generated = vlm.generate(prompt, 6, processor.chat.stop)[0]
-    embeds = vlm.embed(prompt.input_ids, prompt.pixels)
+    embeds = vlm.embed(prompt)
     for token in generated:
         best = vlm.llm(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
         assert best == token

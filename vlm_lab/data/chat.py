@@ -57,7 +57,7 @@ TEMPLATES = {
 
 @dataclass
 class Encoded:
-    """`ids` [L] with IMAGE_TOKEN placeholders; `targets` [L], already shifted: the next token where it is an answer's."""
+    """`ids` [L] with placeholders; `targets` [L], already shifted: the next token where it is an answer's."""
 
     ids: np.ndarray
     targets: np.ndarray

@@ -39,7 +39,14 @@ class Loader:
     """
 
     def __init__(
-        self, records: Records, steps: int, batch: int, micro_batch: int, rank: int = 0, world: int = 1, workers: int = 0
+        self,
+        records: Records,
+        steps: int,
+        batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
     ) -> None:
         self.records, self.steps, self.batch = records, steps, batch
         self.rank, self.world, self.workers = rank, world, workers
@@ -54,7 +61,11 @@ class Loader:
         self.done = first
         draws = [self.draws(step) for step in range(first, self.steps)]
         loader = DataLoader(
-            self.records, batch_sampler=draws, collate_fn=self.collate, num_workers=self.workers, prefetch_factor=2 if self.workers else None
+            self.records,
+            batch_sampler=draws,
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
         )
         for step, rows in enumerate(loader, start=first + 1):
             for row in rows:
@@ -101,13 +112,33 @@ def pack(examples: Sequence[Example], processor: Processor) -> Batch:
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=[0, *np.cumsum(lengths).tolist()],
         pixels=stack_views(examples, processor),
+        layouts=[layout for e in examples for layout in e.layouts],
+        sizes=view_sizes(examples, processor),
         ids=[e.id for e in examples if e.id],
     )
 
 
 def stack_views(examples: Sequence[Example], processor: Processor) -> dict[str, Tensor]:
-    """{encoder: uint8 [V, 3, S, S]} of all views in order; one blank view if there is none."""
+    """{encoder: uint8 [V, 3, H, W]} of all views in order; one blank view if there is none."""
     views = {name: [v for e in examples for v in e.views.get(name, ())] for name in processor.eyes}
     if not any(views.values()):
         views = processor.blank()
-    return {name: torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous() for name, arrays in views.items()}
+    return {name: torch.from_numpy(padded(arrays)).permute(0, 3, 1, 2).contiguous() for name, arrays in views.items()}
+
+
+def padded(views: Sequence[np.ndarray]) -> np.ndarray:
+    """Views [h, w, 3] in one array [V, H, W, 3], the smaller ones filled up at the bottom and the right."""
+    if len({view.shape for view in views}) == 1:
+        return np.stack(views)
+    height, width = (max(view.shape[axis] for view in views) for axis in (0, 1))
+    out = np.zeros((len(views), height, width, 3), dtype=np.uint8)
+    for place, view in zip(out, views, strict=True):
+        place[: view.shape[0], : view.shape[1]] = view
+    return out
+
+
+def view_sizes(examples: Sequence[Example], processor: Processor) -> dict[str, Tensor]:
+    """{encoder: (height, width) of each view [V, 2]} of the encoders that get another view than their own square."""
+    sizes = {name: [v.shape[:2] for e in examples for v in e.views.get(name, ())] for name in processor.eyes}
+    uneven = {name for name, shapes in sizes.items() if set(shapes) - {(processor.eyes[name].side,) * 2}}
+    return {name: torch.tensor(sizes[name]) for name in sorted(uneven)}

@@ -1,6 +1,6 @@
 """Mixtures: draw number -> (source, record), a pure function of the seed.
 
-Every draw has a number; a counter-based generator keyed (seed, block) says which source it comes from, and a permutation
+Every draw has a number. A counter-based generator keyed (seed, block) says which source it is from, and a permutation
 keyed (seed, source, epoch) which record. So the state of a run is one integer, the same on every rank, exact for any
 number of workers, and seeking costs one pass over the blocks before.
 """

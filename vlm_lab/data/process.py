@@ -1,38 +1,33 @@
 """Sample to tensors: images to views, the conversation to ids with placeholders. What a loader worker does.
 
-The model side is known here by three values only: each encoder's side and mean colour, the connector's grid of tokens
-per view, and the tokenizer inside `Chat`.
+The model side is known here by three values only: each encoder's `Eye`, the connector's grid of tokens per view, and
+the tokenizer inside `Chat`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
-from vlm_lab.batch import IGNORE, IMAGE_TOKEN
+from vlm_lab.batch import IGNORE, IMAGE_TOKEN, Layout
 from vlm_lab.data.chat import Chat
 from vlm_lab.data.images import image_size, load_image
-from vlm_lab.data.sample import BadRecord, Sample
-from vlm_lab.data.tiling import Grid, Tiling
-
-
-@dataclass(frozen=True)
-class Eye:
-    """What the data side must know of an encoder: `side` pixels, and its mean colour (RGB in 0..1)."""
-
-    side: int
-    mean: tuple[float, float, float]
+from vlm_lab.data.sample import BadRecord, ImageRef, ImageSlot, Sample, Video
+from vlm_lab.data.tiling import Eye, Grid, Tiling, View
+from vlm_lab.data.tiling.whole import squash
+from vlm_lab.data.video import count_frames, read_frames
 
 
 @dataclass
 class Example:
-    """One processed sample: `ids` and `targets` [L]; `views[encoder]` uint8 arrays [S, S, 3]."""
+    """One processed sample: `ids` and `targets` [L]; `views[encoder]` uint8 arrays [H, W, 3], laid out by `layouts`."""
 
     id: str
     ids: np.ndarray
     targets: np.ndarray
     views: dict[str, list[np.ndarray]]
+    layouts: list[Layout] = field(default_factory=list)
 
 
 class Processor:
@@ -40,33 +35,80 @@ class Processor:
 
     def __init__(self, chat: Chat, tiling: Tiling, eyes: dict[str, Eye], grid: Grid, max_tokens: int) -> None:
         self.chat, self.tiling, self.eyes, self.grid, self.max_tokens = chat, tiling, eyes, grid, max_tokens
+        first = next(iter(eyes.values()))
+        self.view = View(first.side, first.stride, grid)
+        tiling.check(self.view, len(eyes))
 
     def example(self, sample: Sample) -> Example:
         """Raises BadRecord if an image cannot be used, or if no answer fits in `max_tokens`."""
-        encoded = self.chat.encode(sample, self.image_tokens(sample))
+        layouts = self.layouts(sample)
+        encoded = self.chat.encode(*spelt(sample, layouts, self.tiling.marker))
         ids, targets = encoded.ids[: self.max_tokens], encoded.targets[: self.max_tokens]
         if len(ids) < len(encoded.ids):
             targets[-1] = IGNORE  # its token was cut off
             if (encoded.ids[self.max_tokens :] == IMAGE_TOKEN).any() or (targets == IGNORE).all():
                 reason = f"needs {len(encoded.ids)} tokens, max_tokens is {self.max_tokens}"
-                raise BadRecord(sample.source, sample.id, reason)
-        return Example(sample.id, ids, targets, self.views(sample))
+                raise BadRecord(sample.where, sample.id, reason)
+        return Example(sample.id, ids, targets, self.views(sample, layouts), layouts)
 
     def prompt(self, sample: Sample) -> Example:
-        ids = self.chat.prompt(sample, self.image_tokens(sample))
-        return Example(sample.id, ids, np.full_like(ids, IGNORE), self.views(sample))
+        layouts = self.layouts(sample)
+        ids = self.chat.prompt(*spelt(sample, layouts, self.tiling.marker))
+        return Example(sample.id, ids, np.full_like(ids, IGNORE), self.views(sample, layouts), layouts)
 
-    def image_tokens(self, sample: Sample) -> list[int]:
-        sizes = [image_size(ref, sample.source, sample.id) for ref in sample.images]
-        return [self.tiling.layout(size, self.grid).num_tokens for size in sizes]
+    def layouts(self, sample: Sample) -> list[Layout]:
+        """One per image or video, from their headers alone."""
+        where, images = (sample.where, sample.id), [ref for ref in sample.images if not isinstance(ref, Video)]
+        laid_out = iter(self.tiling.layouts([image_size(ref, *where) for ref in images], self.view))
+        return [
+            self.tiling.video(count_frames(ref, *where), self.view) if isinstance(ref, Video) else next(laid_out)
+            for ref in sample.images
+        ]
 
-    def views(self, sample: Sample) -> dict[str, list[np.ndarray]]:
-        images = [load_image(ref, sample.source, sample.id) for ref in sample.images]
-        return {name: self.render(images, eye) for name, eye in self.eyes.items()}
+    def views(self, sample: Sample, layouts: Sequence[Layout]) -> dict[str, list[np.ndarray]]:
+        views: dict[str, list[np.ndarray]] = {name: [] for name in self.eyes}
+        for ref, layout in zip(sample.images, layouts, strict=True):
+            for name, pictures in self.render(ref, layout, sample).items():
+                views[name] += [np.asarray(picture) for picture in pictures]
+        return views
 
-    def render(self, images: Sequence[Image.Image], eye: Eye) -> list[np.ndarray]:
-        return [np.asarray(view) for image in images for view in self.tiling.render(image, eye.side, eye.mean)]
+    def render(self, ref: ImageRef | Video, layout: Layout, sample: Sample) -> dict[str, list[Image.Image]]:
+        """The views of one image or video for every encoder."""
+        if isinstance(ref, Video):
+            frames = read_frames(ref, layout.views, sample.where, sample.id)
+            return {name: [squash(frame, eye.side) for frame in frames] for name, eye in self.eyes.items()}
+        image = load_image(ref, sample.where, sample.id)
+        return {name: self.tiling.render(image, layout, eye) for name, eye in self.eyes.items()}
 
     def blank(self) -> dict[str, list[np.ndarray]]:
         """One black view per encoder, for rows without an image."""
         return {name: [np.zeros((eye.side, eye.side, 3), dtype=np.uint8)] for name, eye in self.eyes.items()}
+
+
+def spelt(sample: Sample, layouts: Sequence[Layout], marker: str) -> tuple[Sample, list[int]]:
+    """The sample with a slot for every run of placeholders, `marker` between them, and the runs' lengths.
+
+    Without a marker an image is one run. With one, each block is (Idefics2's `<fake_token_around_image>`).
+    """
+    if not marker:
+        return sample, [layout.num_tokens for layout in layouts]
+    runs: list[int] = []
+    messages = [replace(m, content=marked(m.content, layouts, marker, runs)) for m in sample.messages]
+    return replace(sample, messages=tuple(messages)), runs
+
+
+def marked(
+    content: Sequence[str | ImageSlot], layouts: Sequence[Layout], marker: str, runs: list[int]
+) -> tuple[str | ImageSlot, ...]:
+    """One message's content for `spelt`; appends to `runs`. Images that touch share the marker between them."""
+    out: list[str | ImageSlot] = []
+    for part in content:
+        if isinstance(part, str):
+            out.append(part)
+            continue
+        if out[-1:] != [marker]:
+            out.append(marker)
+        for block in layouts[part.index].blocks:
+            out += [ImageSlot(len(runs)), marker]
+            runs.append(block.num_tokens)
+    return tuple(out)

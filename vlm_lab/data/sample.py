@@ -25,6 +25,13 @@ ImageRef = bytes | Path | Drawn
 
 
 @dataclass(frozen=True)
+class Video:
+    """A video file. It stands where an image stands: one entry of `Sample.images`, one slot."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
 class ImageSlot:
     """Marks where an image stands inside a message; `index` points into `Sample.images`."""
 
@@ -44,15 +51,22 @@ class Sample:
     """One training or evaluation record.
 
     `id` is unique within its source; `source` names where it came from; `group` is what evaluation averages over
-    (a benchmark group, a sub-corpus); `meta` carries what a task needs besides (for example `choices`).
+    (a benchmark group, a sub-corpus); `meta` carries what a task needs besides (for example `choices`); `file` is where it
+    was read from.
     """
 
     id: str
     messages: tuple[Message, ...]
-    images: tuple[ImageRef, ...] = ()
+    images: tuple[ImageRef | Video, ...] = ()
     source: str = ""
     group: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
+
+    @property
+    def where(self) -> str:
+        """What a message about this record names: its file if it has one, else its source."""
+        return self.file or self.source
 
 
 class Source(Protocol):
@@ -70,7 +84,7 @@ class Source(Protocol):
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used. Counted and reported by the loader, up to `data.max_bad`; never silently skipped."""
+    """A record that cannot be used. The loader counts and reports it, up to `data.max_bad`; never silently skipped."""
 
     def __init__(self, where: str, record: str, reason: str) -> None:
         super().__init__(f"{where}: {record}: {reason}")

@@ -28,7 +28,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def trained_tokenizer(sources: Iterable[Source], template: str, vocab_size: int, cache: Path) -> PreTrainedTokenizerFast:
+def trained_tokenizer(
+    sources: Iterable[Source], template: str, vocab_size: int, cache: Path
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` entries from the first TEXTS records of each source."""
     sources = list(sources)
     recipe = f"{VERSION} {template} {vocab_size} " + " ".join(source.fingerprint() for source in sources)

@@ -18,7 +18,7 @@ def normalise(text: str) -> str:
 
 
 def letter(text: str, choices: Sequence[str]) -> str | None:
-    """The option letter that an answer names: `B`, `(b)`, `B. red`, or an option's full text; None if none or unclear."""
+    """The option letter that an answer names: `B`, `(b)`, `B. red`, or an option's full text; else None."""
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     if found := re.match(r"\s*\(?([A-Z](?=[).:,\s]|$)|[a-z](?=[).:]|\s*$))", text):  # "a dog" names no option
         name = found.group(1).upper()

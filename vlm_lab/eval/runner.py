@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vlm_lab.batch import Prompts
-from vlm_lab.data.loader import stack_views
+from vlm_lab.data.loader import stack_views, view_sizes
 from vlm_lab.data.process import Example, Processor
 from vlm_lab.data.sample import BadRecord, ImageSlot, Sample, Source
 from vlm_lab.eval.metrics import Record
@@ -20,9 +20,7 @@ from vlm_lab.model.vlm import VLM
 MODES = ("real", "none", "shuffled")
 
 
-def predict(
-    vlm: VLM, processor: Processor, samples: Sequence[Sample], batch: int, max_new_tokens: int
-) -> list[Record]:
+def predict(vlm: VLM, processor: Processor, samples: Sequence[Sample], batch: int, max_new_tokens: int) -> list[Record]:
     """One record per sample whose images can be used, in order; the others get an empty prediction and an `error`."""
     vlm.eval()
     records, device = [], next(vlm.parameters()).device
@@ -56,7 +54,9 @@ def pad_left(examples: Sequence[Example], processor: Processor) -> Prompts:
     for row, example in enumerate(examples):
         ids[row, longest - len(example.ids) :] = example.ids
         mask[row, longest - len(example.ids) :] = 1
-    return Prompts(torch.from_numpy(ids), torch.from_numpy(mask), stack_views(examples, processor))
+    layouts = [layout for example in examples for layout in example.layouts]
+    pixels, sizes = stack_views(examples, processor), view_sizes(examples, processor)
+    return Prompts(torch.from_numpy(ids), torch.from_numpy(mask), pixels, layouts, sizes)
 
 
 def show(samples: Sequence[Sample], mode: str) -> list[Sample]:

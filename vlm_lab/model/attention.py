@@ -5,6 +5,7 @@ boundaries of the samples, as flash attention's varlen functions take them) ever
 no mask is built and no score between samples is ever computed. Without it (generation) it is transformers' own sdpa.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,14 +30,19 @@ def packed_attention(
     """query [1, heads, L, d], key and value [1, kv_heads, L, d] -> [1, L, heads, d]."""
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lengths = [end - start for start, end in zip(cu_seq_lens_q, cu_seq_lens_q[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(cu_seq_lens_q)]
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     out = [one_sample(q, k, v, **kwargs) for q, k, v in parts]
     return torch.cat(out, dim=2).transpose(1, 2), None  # as transformers expects it: [1, L, heads, d]
 
 
 def one_sample(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> Tensor:
     """Causal attention over one sample; a sliding window matters only for samples longer than it."""

@@ -20,20 +20,35 @@ class TimmEncoder(nn.Module):
         name: timm model id, with its tag (`vit_so400m_patch14_siglip_384`).
         weights: None (random), "pretrained" (timm downloads them), or the path of a checkpoint file.
         layer: index of the block whose output is used (-1 the last one, with the final norm; others without it).
-        image_size, patch_size: pixels per side; width, depth, heads: of the transformer.
+        image_size, patch_size: pixels per side (a remainder is cut off, as 384 / 14 gives 27 patches).
+        width, depth, heads: of the transformer.
 
     `forward(pixels uint8 [V, 3, S, S]) -> FeatureMap` with S == image_size; class and register tokens are dropped.
     """
 
     def __init__(
-        self, name: str, weights: str | None, layer: int, image_size: int, patch_size: int, width: int, depth: int, heads: int
+        self,
+        name: str,
+        weights: str | None,
+        layer: int,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"encoder {name}: patch_size {patch_size} does not divide image_size {image_size}")
+        if image_size < patch_size:
+            raise ValueError(f"encoder {name}: image_size {image_size} is smaller than patch_size {patch_size}")
         if not -depth <= layer < depth:
             raise ValueError(f"encoder {name}: layer {layer} is outside its {depth} blocks")
-        shape = dict(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth, num_heads=heads)
+        shape = {
+            "img_size": image_size,
+            "patch_size": patch_size,
+            "embed_dim": width,
+            "depth": depth,
+            "num_heads": heads,
+        }
         self.model = create(name, weights, shape)
         self.dim, self.image_size, self.stride = width, image_size, patch_size
         self.layer = layer % depth
@@ -59,13 +74,33 @@ class TimmEncoder(nn.Module):
 
 def create(name: str, weights: str | None, shape: dict[str, int]) -> nn.Module:
     if weights is None or weights == "pretrained":
-        return timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="", **shape)
+        model = timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="", **shape)
+        if weights is None:
+            init_random(model)
+        return model
     if not Path(weights).is_file():
         raise ValueError(f"encoder {name}: weights = {weights}: no such file (or say `pretrained`)")
-    overlay = dict(file=weights, num_classes=0)
+    overlay = {"file": weights, "num_classes": 0}
     return timm.create_model(
         name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, global_pool="", **shape
     )
+
+
+def init_random(model: nn.Module) -> None:
+    """Random weights at a scale that suits any width.
+
+    timm draws linear maps with std 0.02, which is made for widths of 768 and more: at width 128 signals fade from
+    block to block and learning starts late. Here they are Xavier-uniform (as in the original ViT), positions are
+    as large as the patches that they are added to, and LayerScale (DINOv2's, 1e-5) starts at 1.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "gamma") and isinstance(module.gamma, nn.Parameter):
+            nn.init.ones_(module.gamma)
+    nn.init.normal_(model.pos_embed, std=0.3)
 
 
 def keep_used_blocks(model: nn.Module, layer: int, last: bool) -> None:

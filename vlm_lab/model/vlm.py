@@ -9,24 +9,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vlm_lab.batch import IMAGE_TOKEN, Batch, Prompts
+from vlm_lab.batch import IMAGE_TOKEN, Batch, Grid, Prompts
+from vlm_lab.model.arrange import arrange
 from vlm_lab.model.connectors import Connector
+from vlm_lab.model.native import native_features
 
 
 class VLM(nn.Module):
-    """`encoder.<name>`, `connector` and `llm` are the module paths that a stage's `train:` table names."""
+    """`encoder.<name>`, `connector` and `llm` are the module paths that a stage's `train:` table names.
 
-    def __init__(self, encoders: dict[str, nn.Module], connector: Connector, llm: PreTrainedModel) -> None:
+    `newline`: whether the tiling's layouts hold newline embeddings. The one vector is `connector.newline`, so that a
+    stage trains it with the connector, as LLaVA does.
+    """
+
+    def __init__(
+        self, encoders: dict[str, nn.Module], connector: Connector, llm: PreTrainedModel, newline: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = nn.ModuleDict(encoders)
         self.connector = connector
         self.llm = llm
+        if newline:
+            connector.newline = nn.Embedding(1, connector.out_dim)
+            nn.init.normal_(connector.newline.weight, std=connector.out_dim**-0.5)
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the row's answer tokens (a scalar; divide by the global count of them)."""
         answers = batch.targets[0].ne(-100).nonzero().squeeze(1)  # positions that predict an answer token
         logits = self.llm(
-            inputs_embeds=self.embed(batch.input_ids, batch.pixels),  # [1, L, D]
+            inputs_embeds=self.embed(batch),  # [1, L, D]
             position_ids=batch.position_ids,
             attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
             cu_seq_lens_q=batch.cu_seqlens,
@@ -35,37 +46,44 @@ class VLM(nn.Module):
         ).logits  # [1, answers, vocabulary]
         return F.cross_entropy(logits[0].float(), batch.targets[0, answers], reduction="sum")
 
-    def embed(self, input_ids: Tensor, pixels: dict[str, Tensor]) -> Tensor:
+    def embed(self, batch: Batch | Prompts) -> Tensor:
         """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""
-        image = input_ids == IMAGE_TOKEN
-        embeds = self.llm.get_input_embeddings()(input_ids.masked_fill(image, 0))
-        visual = self.connect(pixels).flatten(0, 1).to(embeds.dtype)  # [V * T, D]
+        image = batch.input_ids == IMAGE_TOKEN
+        embeds = self.llm.get_input_embeddings()(batch.input_ids.masked_fill(image, 0))
+        tokens, grid = self.connect(batch.pixels, batch.sizes)
+        newline = self.newline(batch.input_ids.device)
         count = int(image.sum())
         if count == 0:  # a text-only row still runs the encoder, so that no rank of a sharded model waits for it
-            return embeds + 0 * visual.sum()
+            return embeds + torch.cat([0 * t.flatten() for t in (tokens, newline) if t is not None]).sum()
+        visual = arrange(tokens, grid, batch.layouts, newline).to(embeds.dtype)  # [sum of num_tokens, D]
         if count != len(visual):
-            raise ValueError(f"{count} image placeholders but {len(visual)} visual tokens from {len_views(pixels)} views")
+            raise ValueError(f"{count} image placeholders but {len(visual)} visual tokens from {len(tokens)} views")
         return embeds.masked_scatter(image.unsqueeze(-1), visual)
 
-    def connect(self, pixels: dict[str, Tensor]) -> Tensor:
-        """pixels {encoder: [V, 3, S, S]} -> visual tokens [V, T, D]."""
-        return self.connector({name: encoder(pixels[name]) for name, encoder in self.encoder.items()})
+    def connect(self, pixels: dict[str, Tensor], sizes: dict[str, Tensor]) -> tuple[Tensor, Grid]:
+        """pixels {encoder: [V, 3, H, W]}, sizes as in `Batch` -> visual tokens [V, T, D] and their grid (h, w)."""
+        features = {
+            name: native_features(encoder, pixels[name], sizes[name]) if name in sizes else encoder(pixels[name])
+            for name, encoder in self.encoder.items()
+        }
+        return self.connector(features), self.connector.grid({name: f.grid for name, f in features.items()})
+
+    def newline(self, device: torch.device) -> Tensor | None:
+        """The newline embedding [1, D]; None if the tiling has no use for it."""
+        embedding: nn.Embedding | None = getattr(self.connector, "newline", None)
+        return None if embedding is None else embedding(torch.zeros(1, dtype=torch.long, device=device))
 
     @torch.inference_mode()
     def generate(self, prompts: Prompts, max_new_tokens: int, stop: list[int], **sampling: object) -> Tensor:
-        """Continue left-padded prompts, greedily unless `sampling` says otherwise: new token ids [B, <= max_new_tokens].
+        """Continue left-padded prompts, greedily unless `sampling` says otherwise: new ids [B, <= max_new_tokens].
 
         Padding after a stop token is `stop[0]`. Raises nothing on prompts without images.
         """
         return self.llm.generate(
-            inputs_embeds=self.embed(prompts.input_ids, prompts.pixels),
+            inputs_embeds=self.embed(prompts),
             attention_mask=prompts.attention_mask,
             max_new_tokens=max_new_tokens,
             eos_token_id=stop,
             pad_token_id=stop[0],
             **{"do_sample": False, **sampling},
         )
-
-
-def len_views(pixels: dict[str, Tensor]) -> int:
-    return len(next(iter(pixels.values())))

@@ -1,7 +1,8 @@
-"""Captions for pretraining: `long_caption(scene, rng)`, a full synthetic description, and `alt_text(scene, rng)`.
+"""Captions for pretraining: `long_caption`, a full synthetic description; `tags`, its nouns; `alt_text`, the web's.
 
-The long one names everything in the picture. The short one is like text scraped from the web: it covers a part of the
-picture, may be dressed up with noise, and in one case of eight says nothing about the picture at all.
+The long one tells everything in the picture, the tags only what there is, from left to right. The alt text is like what
+is scraped from the web: it covers a part of the picture, may be dressed up with noise, and in one case of eight says
+nothing about the picture at all.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +37,9 @@ def _overview(scene: Scene) -> str:
 
 
 def _thing_sentences(scene: Scene, rng: Generator) -> list[str]:
-    parts = [_describe(thing, _place(scene, thing)) for thing in shuffled(rng, scene.signs + scene.shapes)]
+    """Things are told from left to right, as a person would, so that a place can be matched to a sentence part."""
+    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
+    parts = [_describe(thing, _place(scene, thing)) for thing in things]
     sentences = [pick(rng, ("There is {}.", "It has {}.")).format(_join(parts))]
     if scene.count:
         sentences.append(f"Number of {scene.count[0]}: {scene.count[1]}.")
@@ -74,6 +77,14 @@ def _join(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + f" and {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
+def tags(scene: Scene, rng: Generator) -> str:
+    """What there is, from left to right, without places or sizes: "red star, purple sign rain"."""
+    if scene.chart:
+        return ", ".join(f"{bar.color} bar {bar.label}" for bar in scene.chart.bars)
+    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
+    return ", ".join(_look(t) if isinstance(t, Shape) else f"{t.color} sign {t.text}" for t in things)
+
+
 def alt_text(scene: Scene, rng: Generator) -> str:
     """A short, partial, noisy text such as a web page gives with a picture."""
     if rng.random() < 0.125:
@@ -93,4 +104,4 @@ def _glimpse(scene: Scene, rng: Generator) -> str:
     return " and ".join(pick(rng, (_look(shape), shape.shape)) for shape in seen)
 
 
-CAPTIONS: dict[str, Callable[[Scene, Generator], str]] = {"long": long_caption, "alt": alt_text}
+CAPTIONS: dict[str, Callable[[Scene, Generator], str]] = {"long": long_caption, "tags": tags, "alt": alt_text}

@@ -46,6 +46,21 @@ def compose(seed: int, split: str, index: int) -> Scene:
     return _COMPOSERS[block_kinds(seed, split, block)[place]](stream(seed, split, index, "scene"))
 
 
+def _alone(rng: Generator) -> Scene:
+    """One large object, clearly to one side and clearly above or below the middle."""
+    size = _image_size(rng)
+    r = round(min(size) * (0.18 + 0.07 * rng.random()))
+    x, y = (_off_center(rng, side, r) for side in size)
+    look = (pick(rng, tuple(COLORS)), pick(rng, SHAPES))
+    return Scene(size, "alone", pick(rng, tuple(BACKGROUNDS)), (Shape(*look, "large", x, y, r),))
+
+
+def _off_center(rng: Generator, side: int, r: int) -> int:
+    """A place on either half of `side`, 20 to 30 % of it from the middle, or at the edge: the shape stays inside."""
+    offset = min(side * (0.2 + 0.1 * rng.random()), side / 2 - r)
+    return round(side / 2 + pick(rng, (-1, 1)) * offset)
+
+
 def _objects(rng: Generator) -> Scene:
     size = _image_size(rng)
     colors, shapes, named_by, count = _looks(rng)
@@ -231,6 +246,7 @@ def _some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
 
 
 _COMPOSERS: dict[str, Callable[[Generator], Scene]] = {
+    "alone": _alone,
     "objects": _objects,
     "depth": _depth,
     "text": _text,

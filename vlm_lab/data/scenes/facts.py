@@ -99,6 +99,19 @@ def value_of_bar(scene: Scene, rng: Generator) -> Iterator[Fact]:
         yield Fact("value_of_bar", ("value", bar), str(bar.value), pool, {"label": bar.label})
 
 
+def half(scene: Scene, rng: Generator) -> Iterator[Fact]:
+    """In which half of the image a shape is."""
+    ends = (("left", "right"), ("top", "bottom"))
+    for thing in shuffled(rng, _named_shapes(scene, rng)):
+        for place, side, (first, second) in shuffled(
+            rng, tuple(zip((thing.x, thing.y), scene.size, ends, strict=True))
+        ):
+            if abs(place - side / 2) >= PLACE_MARGIN * side:
+                answer = first if place < side / 2 else second
+                slots = {"a": thing.name, "first": first, "second": second}
+                yield Fact("half", ("half", first, thing), answer, (first, second), slots)
+
+
 def left_right(scene: Scene, rng: Generator) -> Iterator[Fact]:
     for a, b in permutations(_named(scene, rng), 2):
         if abs(a.x - b.x) >= max(PLACE_MARGIN * scene.size[0], a.half_width, b.half_width):

@@ -1,8 +1,8 @@
 """Questions about a scene, in the four groups of Cambrian-1's benchmarks: `ask(scene, groups, turns, rng)`.
 
 general (what, color, how many), knowledge (needs no image), ocr_chart (read a word, a number, a bar chart) and
-vision_centric (left or right, above or below, nearer or farther, relative distance). Answers are one or two words;
-a quarter of the questions offer options and want a letter. What is true comes from `facts.py` and `knowledge.py`.
+vision_centric (which half, left or right, above or below, nearer or farther, relative distance). Answers are one or two
+words; a quarter of the questions offer options and want a letter. What is true comes from `facts`, `knowledge`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,21 @@ TEMPLATES: dict[str, tuple[Template, ...]] = {
     "general": (facts.shape_by_color, facts.color_by_shape, facts.color_of_sign, facts.color_of_bar, facts.count),
     "knowledge": (knowledge.total, knowledge.difference, knowledge.neighbor, knowledge.category),
     "ocr_chart": (facts.sign_text, facts.label_of_bar, facts.value_of_bar),
-    "vision_centric": (facts.left_right, facts.above_below, facts.taller_shorter, facts.closer, facts.nearer),
+    "vision_centric": (
+        facts.half,
+        facts.left_right,
+        facts.above_below,
+        facts.taller_shorter,
+        facts.closer,
+        facts.nearer,
+    ),
 }
 GROUPS = tuple(TEMPLATES)
 
 # In which order a conversation goes through the groups, by kind of scene. Only some scenes have something to read, and
 # those make up for the others. Each starts with a question that needs the image.
 TURNS: dict[str, tuple[str, ...]] = {
+    "alone": ("general", "vision_centric", "knowledge"),
     "objects": ("general", "vision_centric", "knowledge"),
     "depth": ("vision_centric", "general", "knowledge"),
     "text": ("ocr_chart", "vision_centric", "ocr_chart", "general", "knowledge"),
@@ -45,6 +53,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "sign_text": ("What {what} is written on the {sign}?", "Read the {what} on the {sign}."),
     "label_of_bar": ("Which bar is the {which}?", "What is the label of the {which} bar?"),
     "value_of_bar": ("What is the value of bar {label}?", "How high is bar {label}?"),
+    "half": ("Is {a} in the {first} or in the {second} half?", "Is {a} in the {first} half or the {second} half?"),
     "left_right": ("Is {a} to the left or to the right of {b}?", "Is {a} left or right of {b}?"),
     "above_below": ("Is {a} above or below {b}?", "Compared to {b}, is {a} above or below?"),
     "taller_shorter": ("Is {a} taller or shorter than {b}?", "Compared to {b}, is {a} taller or shorter?"),

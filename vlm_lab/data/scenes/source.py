@@ -25,8 +25,9 @@ REQUESTS = ("Describe the image.", "What is in this image?", "Write a caption fo
 class SceneCaptions:
     """One picture and its caption per record.
 
-    `kind`: "long" (a full synthetic description) or "alt" (short, partial, noisy). `cache`: a folder for ready-made
-    pixels; None draws each picture when it is asked for. Raises ValueError on an unknown split or kind.
+    `kind`: "long" (a full synthetic description), "tags" (what there is, nothing more) or "alt" (partial, noisy).
+    `cache`: a folder for ready-made pixels; None draws each picture when it is asked for.
+    Raises ValueError on an unknown split or kind.
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, kind: str = "long", cache: str | None = None) -> None:
@@ -53,7 +54,8 @@ class SceneCaptions:
 class SceneQuestions:
     """One picture with up to `turns` questions on it per record; with `turns=1` one question, the groups in turn.
 
-    `groups` is a subset of `questions.GROUPS` (None: all). With one turn, `Sample.group` is the question's group and
+    `groups` is a subset of `questions.GROUPS` (None: all). `image=False` leaves the picture out: text-only records, which
+    make sense for `groups=[knowledge]`. With one turn, `Sample.group` is the question's group and
     `meta` has `template`, `chance` (what a blind guess scores) and, if options are offered, `choices`.
     Raises ValueError on an unknown split or group.
     """
@@ -66,6 +68,7 @@ class SceneQuestions:
         groups: list[str] | None = None,
         *,
         turns: int = 6,
+        image: bool = True,
         cache: str | None = None,
     ) -> None:
         _require("split", split, SPLITS)
@@ -74,7 +77,7 @@ class SceneQuestions:
             _require("groups", group, GROUPS)
         if turns < 1 or not self.groups:
             raise ValueError(f"turns={turns}, groups={groups}: need at least one turn and one group")
-        self.split, self.size, self.seed, self.turns = split, size, seed, turns
+        self.split, self.size, self.seed, self.turns, self.image = split, size, seed, turns, image
         self._cache = None if cache is None else ImageCache(cache, seed, split, max(size, self._scenes_needed()))
 
     def __len__(self) -> int:
@@ -86,13 +89,13 @@ class SceneQuestions:
         place = self._scene_index(groups, rank)
         scene = compose(self.seed, self.split, place)
         asked = ask(scene, groups, self.turns, stream(self.seed, self.split, index, "question"))
-        image = SceneImage(scene.size, self.seed, self.split, place, self._cache)
-        messages = _conversation([(question.prompt, question.answer) for question in asked])
+        images = (SceneImage(scene.size, self.seed, self.split, place, self._cache),) if self.image else ()
+        messages = _conversation([(question.prompt, question.answer) for question in asked], self.image)
         group, meta = (asked[0].group, _meta(asked[0])) if self.turns == 1 else ("mixed", {})
-        return Sample(f"{self.split}-{index}", messages, (image,), "scenes", group, meta)
+        return Sample(f"{self.split}-{index}", messages, images, "scenes", group, meta)
 
     def fingerprint(self) -> str:
-        return _fingerprint(self, [self.split, self.size, self.seed, self.groups, self.turns])
+        return _fingerprint(self, [self.split, self.size, self.seed, self.groups, self.turns, self.image])
 
     def _plan(self, index: int) -> tuple[tuple[str, ...], int]:
         """Which groups record `index` asks from, and its rank among the records that ask from the same."""
@@ -113,11 +116,11 @@ class SceneQuestions:
         return max((self._scene_index(*self._plan(index)) + 1 for index in last), default=0)
 
 
-def _conversation(turns: Sequence[tuple[str, str]]) -> tuple[Message, ...]:
-    """User and assistant in turn, the image at the start of the first user turn."""
+def _conversation(turns: Sequence[tuple[str, str]], image: bool = True) -> tuple[Message, ...]:
+    """User and assistant in turn, the image (if there is one) at the start of the first user turn."""
     messages: list[Message] = []
     for number, (prompt, answer) in enumerate(turns):
-        content = (prompt,) if number else (ImageSlot(0), prompt)
+        content = (ImageSlot(0), prompt) if image and number == 0 else (prompt,)
         messages += [Message("user", content), Message("assistant", (answer,))]
     return tuple(messages)
 

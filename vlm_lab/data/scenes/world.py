@@ -11,11 +11,11 @@ import numpy as np
 from numpy.random import Generator
 
 # Raise it when any record or picture changes: it is part of fingerprints and of cache file names.
-WORLD_VERSION = 1
+WORLD_VERSION = 3
 
 SPLITS = ("train", "val")
-# Every run of six scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
-KINDS = ("objects", "objects", "depth", "text", "text", "chart")
+# Every run of eight scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
+KINDS = ("alone", "alone", "objects", "objects", "depth", "text", "text", "chart")
 STREAMS = ("scene", "kinds", "caption", "question")
 
 FONTS = ("Pillow", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -94,7 +94,7 @@ def stream(seed: int, split: str, index: int, purpose: str) -> Generator:
 
 
 def block_kinds(seed: int, split: str, block: int) -> tuple[str, ...]:
-    """The kinds of the scenes `block * 6` to `block * 6 + 5`."""
+    """The kinds of the scenes `block * 8` to `block * 8 + 7`."""
     return tuple(KINDS[i] for i in stream(seed, split, block, "kinds").permutation(len(KINDS)))
 
 

@@ -70,7 +70,7 @@ class Cauldron:
             messages += [Message("user", content), Message("assistant", (reply,))]
         sources = [source for *_, source in turns]
         source = "+".join(filter(None, dict.fromkeys(sources)))
-        return Sample(name, tuple(messages), images, source, source, {"turn_sources": sources})
+        return Sample(name, tuple(messages), images, source, source, {"turn_sources": sources}, str(self.folder))
 
     def _turns(self, record: dict[str, Any]) -> list[tuple[str, str, str]]:
         """(question, answer, source) of the turns that are kept."""

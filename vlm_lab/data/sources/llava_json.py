@@ -81,7 +81,7 @@ class LlavaJson:
         source = text(record.get("source") or "", "`source`")
         name = str(number if record.get("id") is None else record["id"])
         meta = {key: value for key, value in record.items() if key not in OWN_KEYS}
-        return Sample(name, _messages(record, len(images)), images, source, source, meta)
+        return Sample(name, _messages(record, len(images)), images, source, source, meta, str(self.path))
 
     def _image(self, name: object) -> Path:
         relative = text(name, "`image`")
