@@ -141,7 +141,13 @@ def llava(tokenizer: Any) -> Any:
     text = Qwen2Config(**{**LLM, "vocab_size": LLM["vocab_size"] + 1})
     options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     return LlavaForConditionalGeneration(
-        LlavaConfig(vision, text, image_token_index=len(tokenizer), image_seq_length=49, **options)
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_seq_length=49,
+            **options,
+        )
     )
 
 

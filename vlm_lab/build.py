@@ -104,7 +104,7 @@ def loader(config: Config, stage: Stage, process: Processor, rank: int, world: i
     used = [built[name] for name in weights]
     mixture = Mixture([len(source) for source in used], list(weights.values()), config.seed)
     steps = stage.steps or max(1, round(stage.epochs * sum(map(len, used)) / stage.batch))
-    records = Records(used, mixture, process)
+    records = Records(used, mixture, process, config.data.shuffle_turns)
     return Loader(records, steps, stage.batch, stage.micro_batch, rank, world, config.trainer.num_workers)
 
 

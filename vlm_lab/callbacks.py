@@ -86,7 +86,8 @@ class BadRecords(Callback):
     """Reports every record that could not be used, and stops the run when there are more than `limit`."""
 
     def __init__(self, limit: int, path: Path) -> None:
-        self.limit, self.path, self.seen = limit, path, []
+        self.limit, self.path = limit, path
+        self.seen: list[BadRecord] = []
 
     def on_train_batch_start(self, trainer: Trainer, module: VLMTraining, batch: Batch, index: int) -> None:
         for bad in batch.bad:

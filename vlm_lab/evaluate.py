@@ -32,11 +32,12 @@ def evaluate_run(run: Path, config: Config, logger: Any = None) -> dict[str, Any
     for task, source in build.tasks(config).items():
         samples, scores[task] = questions(source, config.eval.limit), {}
         for mode in config.eval.images:
-            records = predict(vlm, processor, show(samples, mode), config.eval.batch, config.eval.max_new_tokens)
+            shown = show(samples, mode)
+            records = predict(vlm, processor, shown, config.eval.batch, config.eval.max_new_tokens)
             write_jsonl(run / "eval" / f"{task}.{mode}.jsonl", records)
             scores[task][mode] = score(records)
             if logger is not None:
-                logger.log_predictions(task, mode, samples, records)
+                logger.log_predictions(task, mode, shown, records)
         show_scores(task, scores[task])
     metrics = flat(scores)
     (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "scores": scores}, indent=1))

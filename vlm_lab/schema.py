@@ -60,6 +60,7 @@ class Data(Strict):
     root: Annotated[str | None, COSMETIC] = None
     eval_path: Annotated[str | None, COSMETIC] = None
     holdout: Annotated[int, IDENTITY] = Field(0, ge=0)  # records per source, when no task has a file of its own
+    shuffle_turns: Annotated[bool, IDENTITY] = False  # of multi-turn samples, anew at every draw
     max_bad: Annotated[int, COSMETIC] = Field(0, ge=0)
 
 

@@ -39,7 +39,8 @@ def stage_identity(config: Config, name: str, fingerprints: dict[str, str]) -> d
     weights = config.data.mixtures[stage.mixture]
     used = fingerprints if config.llm["tokenizer"] is None else weights  # a trained tokenizer has seen every source
     parts = {key: fields[key] for key in ("seed", "encoder", "connector", "llm", "tiling", "trainer")}
-    data = {"weights": weights, "holdout": config.data.holdout, "sources": {s: fingerprints[s] for s in sorted(used)}}
+    data = {key: getattr(config.data, key) for key in ("holdout", "shuffle_turns")}
+    data |= {"weights": weights, "sources": {s: fingerprints[s] for s in sorted(used)}}
     return {**parts, "stage": identity(stage), "data": data}
 
 

@@ -6,10 +6,10 @@ import torch
 from helpers import ColourSource
 
 from vlm_lab.batch import IGNORE, Batch
-from vlm_lab.data.loader import Loader, Records
+from vlm_lab.data.loader import Loader, Records, shuffled_turns
 from vlm_lab.data.mixture import Mixture
 from vlm_lab.data.process import Processor
-from vlm_lab.data.sample import BadRecord, Sample
+from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
 
 
 def loader(processor: Processor, source: object | None = None, **options: int) -> Loader:
@@ -98,3 +98,26 @@ def test_long_samples_are_cut_after_the_images(processor: Processor) -> None:
     none = Processor(processor.chat, processor.tiling, processor.eyes, processor.grid, 5)
     with pytest.raises(BadRecord, match=r"needs \d+ tokens, max_tokens is 5"):
         none.example(sample)
+
+
+def conversation(*contents: tuple) -> Sample:
+    turns = [(Message("user", content), Message("assistant", (f"a{i}",))) for i, content in enumerate(contents)]
+    return Sample("s", tuple(message for turn in turns for message in turn), (b"", b""))
+
+
+def test_shuffled_turns_keep_pairs_and_the_images_in_front() -> None:
+    sample = conversation((ImageSlot(0), ImageSlot(1), "\nq0"), ("q1",), ("q2",))
+    orders = set()
+    for seed in range(40):
+        users, answers = (shuffled_turns(sample, np.random.default_rng(seed)).messages[k::2] for k in (0, 1))
+        assert users[0].content[:2] == (ImageSlot(0), ImageSlot(1))
+        questions = [str(user.content[-1]).removeprefix("\n") for user in users]
+        assert str(users[0].content[-1]).startswith("\n")
+        assert [a.content[0][1:] for a in answers] == [q[1:] for q in questions]
+        orders.add(tuple(questions))
+    assert len(orders) == 6
+
+
+def test_interleaved_conversations_are_not_shuffled() -> None:
+    for sample in (conversation(("q0",), (ImageSlot(0), "q1")), conversation(("look: ", ImageSlot(0)), ("q1",))):
+        assert all(shuffled_turns(sample, np.random.default_rng(seed)) is sample for seed in range(5))

@@ -76,7 +76,7 @@ def test_every_group_gets_a_fair_share_of_the_turns() -> None:
     turns = Counter(
         q.group for i in range(300) for q in ask(compose(0, "train", i), GROUPS, 6, stream(0, "train", i, "question"))
     )
-    assert all(turns[group] > 0.15 * turns.total() for group in GROUPS), turns
+    assert all(turns[group] > 0.13 * turns.total() for group in GROUPS), turns  # three kinds of eight can be read
 
 
 @pytest.mark.parametrize("groups", [None, ["ocr_chart"], ["vision_centric", "knowledge"]])
@@ -215,9 +215,10 @@ def test_wrong_arguments_are_told(wrong: dict) -> None:
 
 def test_golden_texts() -> None:
     """If this fails, records changed: raise WORLD_VERSION and put the new hash here."""
-    sources = [SceneCaptions("train", 60), SceneCaptions("train", 60, kind="alt"), SceneQuestions("val", 60)]
+    captions = [SceneCaptions("train", 60, kind=kind) for kind in ("long", "tags", "alt")]
+    sources = [*captions, SceneQuestions("val", 60)]
     lines = [line for source in sources for i in range(60) for line in texts(source[i])]
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "40d27ec99a7b0569"
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "e33a6a7a13bfc0e4"
 
 
 def test_golden_pictures() -> None:
@@ -225,12 +226,12 @@ def test_golden_pictures() -> None:
     tiles = [np.asarray(render(compose(0, "train", i)).resize((4, 4), Image.Resampling.BOX), int) for i in range(6)]
     golden = np.array(
         [
-            [708, 700, 685, 705, 708, 433, 574, 630, 606, 303, 445, 663, 708, 708, 708, 708],
+            [535, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 652, 525],
             [672, 672, 633, 635, 672, 672, 630, 651, 650, 641, 642, 650, 619, 642, 672, 672],
-            [638, 657, 672, 672, 642, 650, 672, 672, 593, 667, 641, 606, 549, 660, 672, 672],
-            [644, 684, 637, 684, 708, 708, 708, 708, 602, 527, 494, 627, 678, 671, 671, 681],
-            [142, 181, 50, 50, 258, 67, 50, 50, 50, 50, 334, 55, 50, 50, 195, 102],
-            [118, 118, 121, 158, 227, 139, 185, 384, 292, 206, 233, 384, 235, 213, 214, 252],
+            [672, 672, 569, 475, 672, 672, 595, 513, 672, 672, 672, 672, 672, 672, 672, 672],
+            [50, 50, 50, 50, 190, 88, 50, 50, 260, 129, 106, 208, 197, 203, 207, 209],
+            [118, 123, 128, 168, 273, 178, 341, 433, 211, 196, 164, 212, 118, 118, 118, 118],
+            [118, 118, 118, 118, 118, 118, 118, 118, 118, 118, 220, 190, 118, 118, 238, 204],
         ]
     ).reshape(6, 4, 4)
     assert abs(np.stack(tiles).sum(axis=-1) - golden).max() <= 18

@@ -21,6 +21,12 @@ def test_none_leaves_text_only() -> None:
     assert show(SAMPLES, "none")[0].messages[0].content[0] == "What colour is it?"  # no line break is left behind
 
 
+def test_none_of_a_question_that_is_only_an_image() -> None:
+    messages = (Message("user", (ImageSlot(0),)), Message("assistant", ("red",)))
+    (sample,) = show([Sample("s", messages, (b"",))], "none")
+    assert sample.messages[0].content == ("",)
+
+
 def test_shuffled_gives_nobody_its_own_image() -> None:
     shuffled = show(SAMPLES, "shuffled")
     for before, after in zip(SAMPLES, shuffled, strict=True):

@@ -4,7 +4,9 @@ One item of the underlying DataLoader is a whole optimizer step of this process,
 known before its first backward pass. The loader then yields the step's rows one by one. Its state is one integer.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,23 +14,54 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_lab.batch import IGNORE, Batch
-from vlm_lab.data.mixture import Mixture
+from vlm_lab.data.mixture import Mixture, generator
 from vlm_lab.data.process import Example, Processor
-from vlm_lab.data.sample import BadRecord, Source
+from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample, Source
 
 
 class Records(Dataset):
-    """Draw number -> processed example, or the BadRecord that says why there is none."""
+    """Draw number -> processed example, or the BadRecord that says why there is none.
 
-    def __init__(self, sources: Sequence[Source], mixture: Mixture, processor: Processor) -> None:
+    With `shuffle_turns` the questions on an image come in a new order at every draw, so that no kind of question is
+    tied to a place in the conversation (Idefics2 does the same).
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], mixture: Mixture, processor: Processor, shuffle_turns: bool = False
+    ) -> None:
         self.sources, self.mixture, self.processor = sources, mixture, processor
+        self.shuffle_turns = shuffle_turns
 
     def __getitem__(self, draw: int) -> Example | BadRecord:
         source, index = self.mixture[draw]
         try:
-            return self.processor.example(self.sources[source][index])
+            sample = self.sources[source][index]
+            if self.shuffle_turns:
+                sample = shuffled_turns(sample, generator(self.mixture.seed, draw))
+            return self.processor.example(sample)
         except BadRecord as bad:
             return bad
+
+
+def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The question-answer pairs in random order; what opened the first question (its images) opens the new first one.
+
+    A conversation with images in a later turn, or with text before its first image, stays as it is.
+    """
+    system = [m for m in sample.messages if m.role == "system"]
+    users, answers = ([m for m in sample.messages if m.role == role] for role in ("user", "assistant"))
+    opening = list(itertools.takewhile(lambda part: isinstance(part, ImageSlot), users[0].content))
+    slots = [part for user in users for part in user.content if isinstance(part, ImageSlot)]
+    if len(slots) != len(opening):
+        return sample
+    questions = ["".join(map(str, user.content[len(opening) if n == 0 else 0 :])) for n, user in enumerate(users)]
+    lead = "\n" if opening and questions[0].startswith("\n") else ""
+    questions[0] = questions[0].removeprefix(lead)
+    turns: list[Message] = []
+    for place, old in enumerate(rng.permutation(len(users))):
+        content = (*opening, lead + questions[old]) if place == 0 else (questions[old],)
+        turns += [Message("user", content), answers[old]]
+    return replace(sample, messages=(*system, *turns))
 
 
 class Loader:

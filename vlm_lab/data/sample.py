@@ -51,8 +51,8 @@ class Sample:
     """One training or evaluation record.
 
     `id` is unique within its source; `source` names where it came from; `group` is what evaluation averages over
-    (a benchmark group, a sub-corpus); `meta` carries what a task needs besides (for example `choices`); `file` is where it
-    was read from.
+    (a benchmark group, a sub-corpus); `meta` carries what a task needs besides (for example `choices`); `file` is
+    where it was read from.
     """
 
     id: str

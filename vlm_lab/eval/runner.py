@@ -69,9 +69,11 @@ def show(samples: Sequence[Sample], mode: str) -> list[Sample]:
 
 
 def without_images(sample: Sample) -> Sample:
-    drop = lambda content: tuple(part for part in content if not isinstance(part, ImageSlot))  # noqa: E731
-    messages = [replace(message, content=drop(message.content)) for message in sample.messages]
-    messages = [replace(m, content=(m.content[0].lstrip("\n"), *m.content[1:])) for m in messages]
+    """Text only: the slots go, and so does the line break that a leading image leaves behind."""
+    messages = []
+    for message in sample.messages:
+        text = "".join(part for part in message.content if not isinstance(part, ImageSlot))
+        messages.append(replace(message, content=(text.removeprefix("\n"),)))
     return replace(sample, messages=tuple(messages), images=())
 
 

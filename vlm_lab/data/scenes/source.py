@@ -54,9 +54,9 @@ class SceneCaptions:
 class SceneQuestions:
     """One picture with up to `turns` questions on it per record; with `turns=1` one question, the groups in turn.
 
-    `groups` is a subset of `questions.GROUPS` (None: all). `image=False` leaves the picture out: text-only records, which
-    make sense for `groups=[knowledge]`. With one turn, `Sample.group` is the question's group and
-    `meta` has `template`, `chance` (what a blind guess scores) and, if options are offered, `choices`.
+    `groups` is a subset of `questions.GROUPS` (None: all). `image=False` leaves the picture out: text-only records,
+    which make sense for `groups=[knowledge]`. With one turn, `Sample.group` is the question's group and `meta` has
+    `template`, `chance` (what a blind guess scores) and, if options are offered, `choices`.
     Raises ValueError on an unknown split or group.
     """
 
