@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Layout:
 
 @dataclass
 class OnDevice:
-    def to(self, device: torch.device | str, **kwargs: Any) -> OnDevice:
+    def to(self, device: torch.device | str, **kwargs: Any) -> Self:
         """Every tensor moved; the rest as it is."""
         return replace(self, **{f.name: moved(getattr(self, f.name), device, **kwargs) for f in fields(self)})
 

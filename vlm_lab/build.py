@@ -7,7 +7,7 @@ built.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_lab.components import make
 from vlm_lab.schema import Config, Stage
@@ -88,8 +88,9 @@ def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_t
     from vlm_lab.data.chat import Chat
     from vlm_lab.data.process import Eye, Processor
 
-    eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in model.encoder.items()}
-    grid = model.connector.grid({name: encoder.grid for name, encoder in model.encoder.items()})
+    encoders: dict[str, Any] = dict(model.encoder.items())
+    eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in encoders.items()}
+    grid = model.connector.grid({name: encoder.grid for name, encoder in encoders.items()})
     chat = Chat(tokens, config.llm["chat"], config.llm["system"])
     return Processor(chat, make(config.tiling), eyes, grid, max_tokens)
 
@@ -103,7 +104,7 @@ def loader(config: Config, stage: Stage, process: Processor, rank: int, world: i
     built = sources(config)
     used = [built[name] for name in weights]
     mixture = Mixture([len(source) for source in used], list(weights.values()), config.seed)
-    steps = stage.steps or max(1, round(stage.epochs * sum(map(len, used)) / stage.batch))
+    steps = stage.steps or max(1, round((stage.epochs or 0) * sum(map(len, used)) / stage.batch))
     records = Records(used, mixture, process, config.data.shuffle_turns)
     return Loader(records, steps, stage.batch, stage.micro_batch, rank, world, config.trainer.num_workers)
 

@@ -12,8 +12,8 @@ console = Console(highlight=False)
 def show_trainability(stage: str, rows: Sequence[Any]) -> None:
     """`rows` have module, params and lr (None = frozen)."""
     table = Table(title=f"stage {stage}: what trains", title_justify="left")
-    for heading, side in (("module", "left"), ("parameters", "right"), ("learning rate", "right")):
-        table.add_column(heading, justify=side)
+    for heading in ("module", "parameters", "learning rate"):
+        table.add_column(heading, justify="left" if heading == "module" else "right")
     for row in rows:
         table.add_row(row.module, f"{row.params:,}", "frozen" if row.lr is None else f"{row.lr:g}")
     console.print(table)

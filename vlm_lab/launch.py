@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def train_and_evaluate(config: Config, run: Path, keys: dict[str, str], store: S
         child("vlm_lab.fit", run)
         return
     for name, key in keys.items():
-        store.obtain(key, lambda folder, name=name: tree(config, run, name, folder))
+        store.obtain(key, partial(tree, config, run, name))
     child("vlm_lab.fit", run)  # every stage is in the store now: this links them and evaluates
 
 

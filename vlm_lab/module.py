@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -49,7 +50,7 @@ class VLMTraining(LightningModule):
         """Mean cross-entropy per answer token of the step that just ended; call it on every process."""
         return float(self.sum_over_processes(self.step_loss.clone()))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> Any:
         groups = freeze.param_groups(self.vlm, self.stage.train, self.stage.weight_decay)
         optimizer = AdamW(groups, betas=(0.9, self.stage.beta2), fused=True)
         factor = partial(SCHEDULES[self.stage.schedule], steps=self.steps, warmup=round(self.stage.warmup * self.steps))

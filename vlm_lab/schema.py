@@ -103,7 +103,7 @@ def register_resolvers() -> None:
 
 def check(cfg: DictConfig, choices: dict[str, Any] | None = None) -> Config:
     """Resolved, validated configuration. Raises ValueError with one line naming the field and the way out."""
-    tree = OmegaConf.to_container(cfg, resolve=True)
+    tree: Any = OmegaConf.to_container(cfg, resolve=True)
     tree["name"] = tree.get("name") or label(tree, choices or {})
     config = Config.model_validate(tree)
     for field, node, runtime in components(config):
@@ -131,7 +131,9 @@ def label(tree: Node, choices: dict[str, Any]) -> str:
 
 def components(config: Config) -> list[tuple[str, Node, set[str]]]:
     """(field, node, arguments that code sets) of everything that build.py will construct."""
-    nodes = [(f"encoder.{name}", node, set()) for name, node in config.encoder.items()]
+    nodes: list[tuple[str, Node, set[str]]] = [
+        (f"encoder.{name}", node, set()) for name, node in config.encoder.items()
+    ]
     nodes += [("connector", config.connector, {"dims", "out_dim"}), ("llm", config.llm, set())]
     nodes += [("tiling", config.tiling, set()), ("logger", config.logger, {"config", "run"})]
     for group in ("sources", "tasks"):

@@ -7,6 +7,7 @@ tokens' character offsets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -70,7 +71,7 @@ class Chat:
         if template not in TEMPLATES:
             raise ValueError(f"llm.chat = {template}: no such chat template; there are {', '.join(TEMPLATES)}")
         self.tokenizer, self.template, self.system = tokenizer, TEMPLATES[template], system
-        self.stop = [tokenizer.convert_tokens_to_ids(self.template.stop)]
+        self.stop: list[Any] = [tokenizer.convert_tokens_to_ids(self.template.stop)]
 
     def encode(self, sample: Sample, image_tokens: Sequence[int]) -> Encoded:
         """The whole conversation, answers as targets. `image_tokens[i]` is the number of placeholders of image i."""
@@ -87,7 +88,8 @@ class Chat:
 
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool] | ImageSlot]:
         """(text, is it to be learnt?) and image slots, in order. An answer ends with the template's stop text."""
-        template, out = self.template, [(self.template.start, False)]
+        template = self.template
+        out: list[tuple[str, bool] | ImageSlot] = [(template.start, False)]
         if self.system and messages[0].role != "system":
             messages = [Message("system", (self.system,)), *messages]
         for message in messages:

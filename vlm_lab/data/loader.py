@@ -7,6 +7,7 @@ known before its first backward pass. The loader then yields the step's rows one
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         first, self.start = self.start, 0  # a resumed start is used once
         self.done = first
-        draws = [self.draws(step) for step in range(first, self.steps)]
+        draws: Any = [self.draws(step) for step in range(first, self.steps)]
         loader = DataLoader(
             self.records,
             batch_sampler=draws,

@@ -9,6 +9,7 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,7 +23,7 @@ VERSION = 1  # raise when the recipe below changes
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
         raise ValueError(f"llm.tokenizer = {path}: only fast tokenizers are supported (answers are found by offsets)")
     return tokenizer

@@ -5,6 +5,7 @@ Pixels arrive as uint8 and are normalised here, on the device, with the checkpoi
 """
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +27,9 @@ class TimmEncoder(nn.Module):
     `forward(pixels uint8 [V, 3, S, S]) -> FeatureMap` with S == image_size; class and register tokens are dropped.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self,
         name: str,
@@ -42,19 +46,19 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"encoder {name}: image_size {image_size} is smaller than patch_size {patch_size}")
         if not -depth <= layer < depth:
             raise ValueError(f"encoder {name}: layer {layer} is outside its {depth} blocks")
-        shape = {
+        shape: dict[str, Any] = {
             "img_size": image_size,
             "patch_size": patch_size,
             "embed_dim": width,
             "depth": depth,
             "num_heads": heads,
         }
-        self.model = create(name, weights, shape)
+        self.model: Any = create(name, weights, shape)
         self.dim, self.image_size, self.stride = width, image_size, patch_size
         self.layer = layer % depth
         self.last = self.layer == depth - 1
         keep_used_blocks(self.model, self.layer, self.last)
-        config = self.model.pretrained_cfg
+        config: Any = self.model.pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.register_buffer("shift", 255 * torch.tensor(self.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
@@ -72,7 +76,7 @@ class TimmEncoder(nn.Module):
         return FeatureMap(tokens, self.grid)
 
 
-def create(name: str, weights: str | None, shape: dict[str, int]) -> nn.Module:
+def create(name: str, weights: str | None, shape: dict[str, Any]) -> nn.Module:
     if weights is None or weights == "pretrained":
         model = timm.create_model(name, pretrained=weights is not None, num_classes=0, global_pool="", **shape)
         if weights is None:
@@ -86,7 +90,7 @@ def create(name: str, weights: str | None, shape: dict[str, int]) -> nn.Module:
     )
 
 
-def init_random(model: nn.Module) -> None:
+def init_random(model: Any) -> None:
     """Random weights at a scale that suits any width.
 
     timm draws linear maps with std 0.02, which is made for widths of 768 and more: at width 128 signals fade from
@@ -103,7 +107,7 @@ def init_random(model: nn.Module) -> None:
     nn.init.normal_(model.pos_embed, std=0.3)
 
 
-def keep_used_blocks(model: nn.Module, layer: int, last: bool) -> None:
+def keep_used_blocks(model: Any, layer: int, last: bool) -> None:
     """Drop what lies behind the layer in use: dead weights cost memory, and would never receive a gradient."""
     model.blocks = model.blocks[: layer + 1]
     for dead in ("attn_pool", "fc_norm", "head", *(() if last else ("norm",))):

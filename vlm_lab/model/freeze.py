@@ -7,6 +7,7 @@ statistics).
 
 import hashlib
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,5 +84,5 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def digest(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    raw: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(raw, digest_size=8).hexdigest()

@@ -4,6 +4,8 @@ Knows nothing of files, configs or Lightning. Training rows are packed (many sam
 where each begins); generation takes one sample per row, padded on the left.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +30,7 @@ class VLM(nn.Module):
         super().__init__()
         self.encoder = nn.ModuleDict(encoders)
         self.connector = connector
-        self.llm = llm
+        self.llm: Any = llm
         if newline:
             connector.newline = nn.Embedding(1, connector.out_dim)
             nn.init.normal_(connector.newline.weight, std=connector.out_dim**-0.5)
