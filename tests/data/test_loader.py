@@ -6,10 +6,11 @@ import torch
 from helpers import ColourSource
 
 from vlm_lab.batch import IGNORE, Batch
-from vlm_lab.data.loader import Loader, Records, shuffled_turns
+from vlm_lab.data.loader import Loader, Records
 from vlm_lab.data.mixture import Mixture
 from vlm_lab.data.process import Processor
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
+from vlm_lab.data.turns import shuffled_turns
 
 
 def loader(processor: Processor, source: object | None = None, **options: int) -> Loader:

@@ -4,9 +4,7 @@ One item of the underlying DataLoader is a whole optimizer step of this process,
 known before its first backward pass. The loader then yields the step's rows one by one. Its state is one integer.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from vlm_lab.batch import IGNORE, Batch
 from vlm_lab.data.mixture import Mixture, generator
 from vlm_lab.data.process import Example, Processor
-from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample, Source
+from vlm_lab.data.sample import BadRecord, Source
+from vlm_lab.data.turns import shuffled_turns
 
 
 class Records(Dataset):
@@ -42,27 +41,6 @@ class Records(Dataset):
             return self.processor.example(sample)
         except BadRecord as bad:
             return bad
-
-
-def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The question-answer pairs in random order; what opened the first question (its images) opens the new first one.
-
-    A conversation with images in a later turn, or with text before its first image, stays as it is.
-    """
-    system = [m for m in sample.messages if m.role == "system"]
-    users, answers = ([m for m in sample.messages if m.role == role] for role in ("user", "assistant"))
-    opening = list(itertools.takewhile(lambda part: isinstance(part, ImageSlot), users[0].content))
-    slots = [part for user in users for part in user.content if isinstance(part, ImageSlot)]
-    if len(slots) != len(opening):
-        return sample
-    questions = ["".join(map(str, user.content[len(opening) if n == 0 else 0 :])) for n, user in enumerate(users)]
-    lead = "\n" if opening and questions[0].startswith("\n") else ""
-    questions[0] = questions[0].removeprefix(lead)
-    turns: list[Message] = []
-    for place, old in enumerate(rng.permutation(len(users))):
-        content = (*opening, lead + questions[old]) if place == 0 else (questions[old],)
-        turns += [Message("user", content), answers[old]]
-    return replace(sample, messages=(*system, *turns))
 
 
 class Loader:

@@ -44,6 +44,7 @@ class Tiling:
         return [self.layout(size, view) for size in sizes]
 
     def layout(self, size: Size, view: View) -> Layout:
+        """How one image of this size enters the model. Every tiling has its own."""
         raise NotImplementedError
 
     def video(self, frames: int, view: View) -> Layout:
@@ -51,6 +52,7 @@ class Tiling:
         raise ValueError(f"tiling {type(self).__name__} has no rule for videos (AnyResMax has)")
 
     def render(self, image: Image.Image, layout: Layout, eye: Eye) -> list[Image.Image]:
+        """The views that `layout` counts, as one encoder sees them. Every tiling has its own."""
         raise NotImplementedError
 
 

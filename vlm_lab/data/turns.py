@@ -1,0 +1,29 @@
+"""The order of the questions in a conversation: shuffled for training, so that none is tied to a place in it."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+
+from vlm_lab.data.sample import ImageSlot, Message, Sample
+
+
+def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The question-answer pairs in random order; what opened the first question (its images) opens the new first one.
+
+    A conversation with images in a later turn, or with text before its first image, stays as it is.
+    """
+    system = [m for m in sample.messages if m.role == "system"]
+    users, answers = ([m for m in sample.messages if m.role == role] for role in ("user", "assistant"))
+    opening = list(itertools.takewhile(lambda part: isinstance(part, ImageSlot), users[0].content))
+    slots = [part for user in users for part in user.content if isinstance(part, ImageSlot)]
+    if len(slots) != len(opening):
+        return sample
+    questions = ["".join(map(str, user.content[len(opening) if n == 0 else 0 :])) for n, user in enumerate(users)]
+    lead = "\n" if opening and questions[0].startswith("\n") else ""
+    questions[0] = questions[0].removeprefix(lead)
+    turns: list[Message] = []
+    for place, old in enumerate(rng.permutation(len(users))):
+        content = (*opening, lead + questions[old]) if place == 0 else (questions[old],)
+        turns += [Message("user", content), answers[old]]
+    return replace(sample, messages=(*system, *turns))
