@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_lab.components import make
-from vlm_lab.schema import Config, Stage
+from vlm_lab.schema import Config, Node, Stage
 
 if TYPE_CHECKING:
     from lightning import Callback, Trainer
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlm_lab.data.loader import Loader
     from vlm_lab.data.process import Processor
     from vlm_lab.data.sample import Source
+    from vlm_lab.data.tiling import Tiling
     from vlm_lab.model.vlm import VLM
     from vlm_lab.wandb_logger import WandbLogger
 
@@ -69,22 +70,31 @@ def tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenize
     return trained_tokenizer(sources(config).values(), config.llm["chat"], vocab, cache)
 
 
-def vlm(config: Config) -> VLM:
-    """The model, with pretrained weights where the configuration names them; random parts come from the seed alone."""
+def vlm(config: Config, weights: bool = True) -> VLM:
+    """The model, with pretrained weights where the configuration names them; random parts come from the seed alone.
+
+    `weights=False` ignores those names: the same shapes, offline and on any device (`meta`, to count parameters).
+    """
     import torch
 
     from vlm_lab.model.vlm import VLM
 
     torch.manual_seed(config.seed)
-    encoders = {name: make(node) for name, node in config.encoder.items()}
-    llm = make(config.llm)
+    encoders = {name: make(node if weights else unloaded(node)) for name, node in config.encoder.items()}
+    llm = make(config.llm if weights else unloaded(config.llm))
     dims = {name: encoder.dim for name, encoder in encoders.items()}
     connector = make(config.connector, dims=dims, out_dim=llm.get_input_embeddings().embedding_dim)
     return VLM(encoders, connector, llm, newline=make(config.tiling).newline)
 
 
-def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_tokens: int) -> Processor:
-    """What turns this model's samples into tensors."""
+def unloaded(node: Node) -> Node:
+    return {**node, "weights": None}
+
+
+def processor(
+    config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_tokens: int, tiling: Node | None = None
+) -> Processor:
+    """What turns this model's samples into tensors; `tiling` is a stage's own, where it is not the run's."""
     from vlm_lab.data.chat import Chat
     from vlm_lab.data.process import Eye, Processor
 
@@ -92,7 +102,17 @@ def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_t
     eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in encoders.items()}
     grid = model.connector.grid({name: encoder.grid for name, encoder in encoders.items()})
     chat = Chat(tokens, config.llm["chat"], config.llm["system"])
-    return Processor(chat, make(config.tiling), eyes, grid, max_tokens)
+    return Processor(chat, stage_tiling(config, tiling), eyes, grid, max_tokens)
+
+
+def stage_tiling(config: Config, tiling: Node | None) -> Tiling:
+    """A stage's own tiling, or the run's. Whether there is a newline embedding is the run's to say (stage keys)."""
+    chosen = make(tiling or config.tiling)
+    if chosen.newline and not make(config.tiling).newline:
+        raise ValueError(
+            f"tiling {type(chosen).__name__} of a stage needs newlines: choose a tiling with them for the run"
+        )
+    return chosen
 
 
 def loader(config: Config, stage: Stage, process: Processor, rank: int, world: int) -> Loader:

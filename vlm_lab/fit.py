@@ -88,7 +88,8 @@ class Worker:
         before = list(self.keys)[: list(self.keys).index(name)]
         if before:
             load_model(vlm, self.store.path(self.keys[before[-1]]) / "model.safetensors")
-        loader = build.loader(config, stage, build.processor(config, vlm, tokenizer, stage.max_tokens), RANK, WORLD)
+        process = build.processor(config, vlm, tokenizer, stage.max_tokens, stage.tiling)
+        loader = build.loader(config, stage, process, RANK, WORLD)
         module = VLMTraining(vlm, stage, loader.steps)
         rows = freeze.trainability(vlm, stage.train)
         if RANK == 0:

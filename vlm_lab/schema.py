@@ -40,6 +40,7 @@ class Stage(Strict):
     beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
     max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
+    tiling: Annotated[Node | None, IDENTITY] = None  # of this stage, where it is not the run's
 
     @model_validator(mode="after")
     def one_length(self) -> Stage:
@@ -136,6 +137,7 @@ def components(config: Config) -> list[tuple[str, Node, set[str]]]:
     ]
     nodes += [("connector", config.connector, {"dims", "out_dim"}), ("llm", config.llm, set())]
     nodes += [("tiling", config.tiling, set()), ("logger", config.logger, {"config", "run"})]
+    nodes += [(f"stages.{name}.tiling", s.tiling, set()) for name, s in config.stages.items() if s.tiling is not None]
     for group in ("sources", "tasks"):
         nodes += [(f"data.{group}.{name}", node, set()) for name, node in getattr(config.data, group).items()]
     return nodes

@@ -16,14 +16,18 @@ class Native(Tiling):
     """Sides from `shortest` pixels to the encoder's side. An image within them keeps its size.
 
     As in the code, the aspect ratio is given up where both limits cannot be met (3000 x 500 becomes 980 x 378).
+    `longest`: an upper limit below the encoder's side, as in the first stage of Idefics2's pretraining.
     """
 
-    def __init__(self, shortest: int, marker: str = "") -> None:
-        self.shortest, self.marker = shortest, marker
+    def __init__(self, shortest: int, marker: str = "", longest: int | None = None) -> None:
+        self.shortest, self.marker, self.longest = shortest, marker, longest
 
     def check(self, view: View, encoders: int) -> None:
         if encoders > 1:
             raise ValueError(f"tiling {type(self).__name__} takes one encoder, got {encoders}")
+        if self.longest is not None and not self.shortest <= self.longest <= view.side:
+            limits = f"from tiling.shortest = {self.shortest} to the encoder's {view.side} pixels"
+            raise ValueError(f"tiling.longest = {self.longest}: needs to be {limits}")
         if not view.stride <= self.shortest <= view.side:
             limits = f"from one patch of {view.stride} to the encoder's {view.side} pixels"
             raise ValueError(f"tiling.shortest = {self.shortest}: needs to be {limits}")
@@ -42,8 +46,8 @@ class Native(Tiling):
         real = patches(self.fit(size, view.side), view)
         return Block((1, 1), (0, 0), real, real)
 
-    def fit(self, size: Size, longest: int) -> Size:
-        (width, height), ratio = size, size[0] / size[1]
+    def fit(self, size: Size, side: int) -> Size:
+        (width, height), ratio, longest = size, size[0] / size[1], self.longest or side
         if max(size) > longest:
             width, height = (longest, int(longest / ratio)) if width >= height else (int(longest * ratio), longest)
         return max(width, self.shortest), max(height, self.shortest)
