@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vlm_lab.batch import IMAGE_TOKEN, Batch, Grid, Prompts
+from vlm_lab.batch import IMAGE_TOKEN, Batch, Prompts
 from vlm_lab.model.arrange import arrange
-from vlm_lab.model.connectors import Connector
+from vlm_lab.model.connectors import Connector, DeepConnector
+from vlm_lab.model.inside import Seen, decoder_layers, inside, sample_numbers
 from vlm_lab.model.native import native_features
 
 
@@ -34,41 +35,55 @@ class VLM(nn.Module):
         if newline:
             connector.newline = nn.Embedding(1, connector.out_dim)
             nn.init.normal_(connector.newline.weight, std=connector.out_dim**-0.5)
+        if isinstance(connector, DeepConnector):
+            connector.layer_blocks(len(decoder_layers(llm)))  # makes them
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the row's answer tokens (a scalar; divide by the global count of them)."""
         answers = batch.targets[0].ne(-100).nonzero().squeeze(1)  # positions that predict an answer token
-        logits = self.llm(
-            inputs_embeds=self.embed(batch),  # [1, L, D]
-            position_ids=batch.position_ids,
-            attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
-            cu_seq_lens_q=batch.cu_seqlens,
-            use_cache=False,
-            logits_to_keep=answers,
-        ).logits  # [1, answers, vocabulary]
+        seen = self.see(batch)
+        with inside(self.llm, self.connector, seen):
+            logits = self.llm(
+                inputs_embeds=self.splice(batch, seen),  # [1, L, D]
+                position_ids=batch.position_ids,
+                attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
+                cu_seq_lens_q=batch.cu_seqlens,
+                use_cache=False,
+                logits_to_keep=answers,
+            ).logits  # [1, answers, vocabulary]
         return F.cross_entropy(logits[0].float(), batch.targets[0, answers], reduction="sum")
 
     def embed(self, batch: Batch | Prompts) -> Tensor:
-        """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""
-        image = batch.input_ids == IMAGE_TOKEN
-        embeds = self.llm.get_input_embeddings()(batch.input_ids.masked_fill(image, 0))
-        tokens, grid = self.connect(batch.pixels, batch.sizes)
-        newline = self.newline(batch.input_ids.device)
-        count = int(image.sum())
-        if count == 0:  # a text-only row still runs the encoder, so that no rank of a sharded model waits for it
-            return embeds + torch.cat([0 * t.flatten() for t in (tokens, newline) if t is not None]).sum()
-        visual = arrange(tokens, grid, batch.layouts, newline).to(embeds.dtype)  # [sum of num_tokens, D]
-        if count != len(visual):
-            raise ValueError(f"{count} image placeholders but {len(visual)} visual tokens from {len(tokens)} views")
-        return embeds.masked_scatter(image.unsqueeze(-1), visual)
+        """What the LLM reads: [B, L, D]."""
+        return self.splice(batch, self.see(batch))
 
-    def connect(self, pixels: dict[str, Tensor], sizes: dict[str, Tensor]) -> tuple[Tensor, Grid]:
-        """pixels {encoder: [V, 3, H, W]}, sizes as in `Batch` -> visual tokens [V, T, D] and their grid (h, w)."""
+    def see(self, batch: Batch | Prompts) -> Seen:
+        """Encode and connect: the visual tokens of the batch's views, and what blocks inside the LLM attend to."""
         features = {
-            name: native_features(encoder, pixels[name], sizes[name]) if name in sizes else encoder(pixels[name])
+            name: native_features(encoder, batch.pixels[name], batch.sizes[name])
+            if name in batch.sizes
+            else encoder(batch.pixels[name])
             for name, encoder in self.encoder.items()
         }
-        return self.connector(features), self.connector.grid({name: f.grid for name, f in features.items()})
+        connector: Any = self.connector
+        memory = connector.memory(features) if isinstance(connector, DeepConnector) else None
+        tokens = connector(features) if memory is None else connector.tokens(memory)  # [V, T, D]
+        grid = connector.grid({name: f.grid for name, f in features.items()})
+        return Seen(tokens, grid, memory, batch.input_ids == IMAGE_TOKEN, sample_numbers(batch), batch.layouts)
+
+    def splice(self, batch: Batch | Prompts, seen: Seen) -> Tensor:
+        """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""
+        embeds = self.llm.get_input_embeddings()(batch.input_ids.masked_fill(seen.image, 0))
+        newline = self.newline(batch.input_ids.device)
+        count = int(seen.image.sum())
+        if count == 0:  # a text-only row still runs the encoder, so that no rank of a sharded model waits for it
+            return embeds + torch.cat([0 * t.flatten() for t in (seen.tokens, newline) if t is not None]).sum()
+        visual = arrange(seen.tokens, seen.grid, seen.layouts, newline).to(embeds.dtype)  # [sum of num_tokens, D]
+        if count != len(visual):
+            raise ValueError(
+                f"{count} image placeholders but {len(visual)} visual tokens from {len(seen.tokens)} views"
+            )
+        return embeds.masked_scatter(seen.image.unsqueeze(-1), visual)
 
     def newline(self, device: torch.device) -> Tensor | None:
         """The newline embedding [1, D]; None if the tiling has no use for it."""
@@ -81,11 +96,13 @@ class VLM(nn.Module):
 
         Padding after a stop token is `stop[0]`. Raises nothing on prompts without images.
         """
-        return self.llm.generate(
-            inputs_embeds=self.embed(prompts),
-            attention_mask=prompts.attention_mask,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-            **{"do_sample": False, **sampling},
-        )
+        seen = self.see(prompts)
+        with inside(self.llm, self.connector, seen):
+            return self.llm.generate(
+                inputs_embeds=self.splice(prompts, seen),
+                attention_mask=prompts.attention_mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop,
+                pad_token_id=stop[0],
+                **{"do_sample": False, **sampling},
+            )

@@ -8,7 +8,6 @@ import torch
 from vlm_lab.model.connectors import Connector
 from vlm_lab.model.connectors.c_abstractor import CAbstractor
 from vlm_lab.model.connectors.concat import Concat
-from vlm_lab.model.connectors.cross_attention import CrossAttention
 from vlm_lab.model.connectors.ldp import LDPv2
 from vlm_lab.model.connectors.mining import PatchInfoMining
 from vlm_lab.model.connectors.perceiver import Perceiver
@@ -34,8 +33,6 @@ BUILDS: dict[str, Callable[[], Connector]] = {
     "concat_resized": lambda: Concat(TWO, OUT, side=4),
     "sva": lambda: SVA(TWO, OUT, side=4, hidden=16, heads=2, depth=2, groups=2, windows={"b": 4, "unused": 9}),
     "mining": lambda: PatchInfoMining(TWO, OUT),
-    "cross_attention": lambda: CrossAttention(ONE, OUT, heads=2, perceiver=TINY_PERCEIVER),
-    "cross_attention_patches": lambda: CrossAttention(ONE, OUT, heads=2, perceiver=None),
 }
 
 

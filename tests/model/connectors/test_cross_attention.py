@@ -109,15 +109,19 @@ def test_blocks_sit_before_every_kth_layer() -> None:
         connector = CrossAttention({"siglip": 1152}, 4096)
         blocks = connector.layer_blocks(32)
     assert list(blocks) == [0, 4, 8, 12, 16, 20, 24, 28] and connector.layer_blocks(32)[4] is blocks[4]
-    assert connector.num_tokens({"siglip": (27, 27)}) == 64
+    assert connector.num_tokens({"siglip": (27, 27)}) == 1  # the placeholder
     # queries and output 2 x 4096^2, keys and values the same, MLP 3 x 4096 x 14336, two norms, two gates
     assert sum(p.numel() for p in blocks[0].parameters()) == 4 * 4096**2 + 3 * 4096 * 14336 + 2 * 4096 + 2
 
 
 def test_without_perceiver_every_patch_is_a_visual_token(make_feature: Callable[..., FeatureMap]) -> None:
     connector = CrossAttention({"a": 5}, DIM, heads=HEADS, perceiver=None).double()
-    assert connector.grid({"a": (2, 3)}) == (2, 3)
-    assert connector({"a": make_feature((2, 3), 5)}).shape == (2, 6, DIM)
+    features = {"a": make_feature((2, 3), 5, mask=torch.tensor([[True] * 4 + [False] * 2] * 2))}
+    memory = connector.memory(features)
+    assert memory.tokens.shape == (2, 6, DIM) and memory.mask is features["a"].mask
+    assert connector.tokens(memory).shape == (2, 1, DIM)
+    resampled = CrossAttention({"a": 5}, DIM, heads=HEADS, perceiver={"latents": 3, "heads": 2, "kv_heads": 1}).double()
+    assert resampled.memory(features).tokens.shape == (2, 3, DIM) and resampled.memory(features).mask is None
 
 
 def test_large_batches_are_split_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def make_sva(**settings: int) -> SVA:
     sva = SVA(DIMS, 10, **{"side": SIDE, "hidden": HIDDEN, "heads": HEADS, "windows": WINDOWS, **settings})
-    sva.layer_blocks(4)
+    sva.layer_blocks(5)
     return randomised(sva)
 
 
@@ -130,8 +130,8 @@ def test_llm_blocks_follow_the_formulas(features: dict[str, FeatureMap], masks: 
     sva, hidden = make_sva(depth=1), torch.randn(2, SIDE**2, 10, dtype=torch.float64)
     for name, feature in features.items():
         feature.mask = masks[name]
-    block = sva.layer_blocks(4)[3]
-    out = block(hidden, sva.project(features))
+    block = sva.layer_blocks(5)[3]
+    out = block(hidden, sva.memory(features))
     for view in range(2):
         expected = Reference(sva, features, view).block(block, hidden[view])
         torch.testing.assert_close(out[view], expected, rtol=1e-6, atol=1e-9)
@@ -142,7 +142,7 @@ def test_llm_blocks_follow_the_formulas(features: dict[str, FeatureMap], masks: 
 
 def test_one_key_gives_the_projected_value(make_feature: Callable[..., FeatureMap]) -> None:
     sva = randomised(SVA({"a": 5}, 10, side=3, hidden=8, heads=2, depth=1))
-    maps, u = sva.project({"a": make_feature((3, 3), 5)}), torch.randn(2, 9, 8, dtype=torch.float64)
+    maps, u = sva.memory({"a": make_feature((3, 3), 5)}), torch.randn(2, 9, 8, dtype=torch.float64)
     block = sva.samplers[0][0]
     torch.testing.assert_close(block._aggregate(u, maps), block.out(block.value["a"](maps["a"].tokens)))
 
@@ -160,8 +160,8 @@ def test_features_outside_a_window_do_not_matter(features: dict[str, FeatureMap]
 def test_padded_square_equals_cropped(features: dict[str, FeatureMap], rows_mask: Callable[..., Tensor]) -> None:
     """Inference crops what training masks: both must agree on the kept cells."""
     sva, hidden = make_sva(depth=1), torch.randn(2, SIDE**2, 10, dtype=torch.float64)
-    block, kept = sva.layer_blocks(4)[0], {"a": 6, "b": 24}  # two of three rows of cells
-    maps = sva.project(features)
+    block, kept = sva.layer_blocks(5)[0], {"a": 6, "b": 24}  # two of three rows of cells
+    maps = sva.memory(features)
     cropped = {k: FeatureMap(f.tokens[:, : kept[k]], (f.grid[0] * 2 // 3, f.grid[1])) for k, f in maps.items()}
     for feature in maps.values():
         feature.mask = rows_mask(feature.grid, feature.grid[0] * 2 // 3)
@@ -170,8 +170,8 @@ def test_padded_square_equals_cropped(features: dict[str, FeatureMap], rows_mask
 
 def test_gradients_reach_the_llm_blocks(features: dict[str, FeatureMap]) -> None:
     sva = make_sva()
-    x, maps = sva(features), sva.project(features)
-    for block in sva.layer_blocks(4).values():
+    x, maps = sva(features), sva.memory(features)
+    for block in sva.layer_blocks(5).values():
         x = block(x, maps)
     x.pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in sva.parameters())
@@ -179,7 +179,7 @@ def test_gradients_reach_the_llm_blocks(features: dict[str, FeatureMap]) -> None
 
 def test_maps_are_resized_to_their_windows(make_feature: Callable[..., FeatureMap]) -> None:
     features = {"a": make_feature((5, 4), 5), "b": make_feature((7, 7), 6)}
-    maps = make_sva().project(features)
+    maps = make_sva().memory(features)
     assert maps["a"].grid == (3, 3) and maps["b"].grid == (6, 6)
 
 
@@ -205,7 +205,7 @@ def test_published_size_and_placement(size: str) -> None:
 
 def test_layer_blocks_are_made_once_and_fit_the_llm() -> None:
     sva = SVA({"a": 5}, 10, side=2, hidden=8, heads=2)
-    assert list(sva.layer_blocks(2)) == [0]
+    assert list(sva.layer_blocks(2)) == [0] and list(sva.layer_blocks(4)) == [0]  # none behind the last layer
     first = sva.layer_blocks(6)
     assert list(first) == [0, 3] and sva.layer_blocks(6)[3] is first[3]
     assert list(SVA({"a": 5}, 10, hidden=8, heads=2, blocks=0).layer_blocks(6)) == []
@@ -216,5 +216,5 @@ def test_wrong_settings_name_the_field() -> None:
         SVA({"a": 5}, 10, hidden=100)
     with pytest.raises(ValueError, match=r"connector.windows.a = 0: at least 1"):
         SVA({"a": 5}, 10, windows={"a": 0})
-    with pytest.raises(ValueError, match=r"connector.start = 8 is past the LLM's 4 layers"):
+    with pytest.raises(ValueError, match=r"connector.start = 8: the LLM's 4 layers allow 0 to 2"):
         SVA({"a": 5}, 10, hidden=8, heads=2, start=8).layer_blocks(4)

@@ -5,13 +5,19 @@ A connector is an `nn.Module` built as `Connector(dims, out_dim, **yaml)`: `dims
 
     forward(features: dict[str, FeatureMap]) -> [V, T, out_dim]
     grid(grids: dict[str, (h, w)]) -> (h, w)       of the tokens that come out; T == h * w (T in one row if not spatial)
+
+One that also works between the LLM's layers is a `DeepConnector`.
 """
 
 import math
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from vlm_lab.model.features import FeatureMap
+
+if TYPE_CHECKING:
+    from vlm_lab.model.inside import Seen
 
 Grid = tuple[int, int]
 
@@ -35,4 +41,31 @@ class Connector(nn.Module):
         return math.prod(self.grid(grids))
 
     def forward(self, features: dict[str, FeatureMap]) -> Tensor:
+        raise NotImplementedError
+
+
+class DeepConnector(Connector):
+    """A connector with blocks inside the LLM. `site`: whether they work on what enters a layer, or on what leaves it.
+
+    `memory` is computed once per pass: the visual tokens come from it (`tokens`), and the blocks attend to it.
+    """
+
+    site: Literal["input", "output"]
+
+    def memory(self, features: dict[str, FeatureMap]) -> Any:
+        raise NotImplementedError
+
+    def tokens(self, memory: Any) -> Tensor:
+        """[V, T, out_dim]."""
+        raise NotImplementedError
+
+    def forward(self, features: dict[str, FeatureMap]) -> Tensor:
+        return self.tokens(self.memory(features))
+
+    def layer_blocks(self, num_layers: int) -> dict[int, nn.Module]:
+        """Layer index -> block. The first call makes the blocks: before it, nobody knows the LLM's depth."""
+        raise NotImplementedError
+
+    def inside(self, block: nn.Module, hidden: Tensor, seen: "Seen") -> Tensor:
+        """Hidden states [B, L, D] after `block`; L == 1 at decode steps."""
         raise NotImplementedError

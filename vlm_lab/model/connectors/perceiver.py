@@ -71,7 +71,8 @@ class Resampler(nn.Module):
 
     def __init__(self, dim: int, latents: int, depth: int, *, heads: int, head_dim: int, kv_heads: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.ones(latents, dim))  # all ones, as released
+        # transformers starts from ones, which its checkpoints overwrite; equal latents would stay equal in training.
+        self.latents = nn.Parameter(torch.randn(latents, dim))
         self.layers = nn.ModuleList([ResamplerLayer(dim, heads, head_dim, kv_heads) for _ in range(depth)])
         self.norm = nn.RMSNorm(dim, EPS)
 

@@ -5,21 +5,27 @@ Where they differ the code is followed: 16 heads, LayerNorm before every project
 block, and the first encoder's mean as global context. Masks differ from the code: padding never has influence (the
 code averages it into the context, and lets a query attend to it where one encoder's whole window is padding).
 
-The same block aggregates again inside the LLM (`layer_blocks`). The newline column and cropping belong to the tiling.
+The same block aggregates again inside the LLM, on the hidden states of the visual tokens, once per prompt and never at
+decode steps. The newline column and cropping belong to the tiling; a tiling that rescales tokens has no cells to go by.
 """
+
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vlm_lab.model.connectors import Connector, Grid
+from vlm_lab.model.connectors import DeepConnector, Grid
 from vlm_lab.model.connectors.attention import attend, normed_linear
 from vlm_lab.model.connectors.checks import at_least, divides
 from vlm_lab.model.connectors.mlp import projection
 from vlm_lab.model.connectors.spatial import cut_windows, mean, resize, window_mask
 from vlm_lab.model.features import FeatureMap
 
+if TYPE_CHECKING:
+    from vlm_lab.model.inside import Seen
 
-class SVA(Connector):
+
+class SVA(DeepConnector):
     """side x side tokens out. `groups` G and `depth` D as in the paper; in-LLM blocks always have D = G = 1.
 
     `windows` m: a map is resized to (m * side)^2 and each query sees m x m of it. One number for all encoders, or
@@ -29,6 +35,7 @@ class SVA(Connector):
     """
 
     multi = True
+    site: Literal["input", "output"] = "output"
 
     def __init__(
         self,
@@ -67,13 +74,14 @@ class SVA(Connector):
         return SVABlock(dim, self.windows, self.hidden, self.heads)
 
     def layer_blocks(self, num_layers: int) -> dict[int, nn.Module]:
-        """Layer index -> block, to be run on the output of that decoder layer: block(hidden, project(features)).
+        """Layer index -> block, to be run on the output of that decoder layer: block(hidden, memory).
 
         The first call makes the blocks, since only the VLM knows its LLM's depth: call it before loading weights.
         """
-        if self.start >= num_layers and self.max_blocks:
-            raise ValueError(f"connector.start = {self.start} is past the LLM's {num_layers} layers")
-        layers = range(self.start, num_layers, self.stride)[: self.max_blocks]
+        last = num_layers - 1  # no block behind it: nothing reads the hidden states of visual tokens that leave it
+        if self.start >= last and self.max_blocks:
+            raise ValueError(f"connector.start = {self.start}: the LLM's {num_layers} layers allow 0 to {last - 1}")
+        layers = range(self.start, last, self.stride)[: self.max_blocks]
         for layer in layers:
             if str(layer) not in self.llm_blocks:
                 self.llm_blocks[str(layer)] = self._block(self.out_dim)
@@ -82,10 +90,7 @@ class SVA(Connector):
     def grid(self, grids: dict[str, Grid]) -> Grid:
         return self.side, self.side
 
-    def forward(self, features: dict[str, FeatureMap]) -> Tensor:
-        return self.sample(self.project(features))
-
-    def project(self, features: dict[str, FeatureMap]) -> dict[str, FeatureMap]:
+    def memory(self, features: dict[str, FeatureMap]) -> dict[str, FeatureMap]:
         """Every map at m * side and `hidden` wide: what all blocks, before and inside the LLM, attend to."""
         maps = {}
         for name, m in self.windows.items():
@@ -93,16 +98,29 @@ class SVA(Connector):
             maps[name] = FeatureMap(self.project_in[name](feature.tokens), feature.grid, feature.mask)
         return maps
 
-    def sample(self, maps: dict[str, FeatureMap]) -> Tensor:
+    def tokens(self, memory: dict[str, FeatureMap]) -> Tensor:
         """The part before the LLM, on projected maps: [V, side * side, out_dim]."""
-        views = len(next(iter(maps.values())).tokens)
+        views = len(next(iter(memory.values())).tokens)
         groups = []
         for query, sampler in zip(self.queries, self.samplers, strict=True):
             x = query.expand(views, self.side**2, -1)  # one vector for all cells: [V, T, hidden]
             for block in sampler.children():
-                x = block(x, maps)
+                x = block(x, memory)
             groups.append(x)
         return self.project_out(torch.cat(groups, dim=-1))
+
+    def inside(self, block: nn.Module, hidden: Tensor, seen: "Seen") -> Tensor:
+        """The hidden states on each view's cells are gathered, aggregated and put back; newlines stay as they are."""
+        if hidden.shape[:2] != seen.image.shape:
+            return hidden  # a decode step
+        views, count = seen.tokens.shape[:2]
+        kept = seen.cells >= 0
+        there = seen.image.flatten().nonzero()[:, 0][kept]  # positions that hold a cell's token
+        cells, flat = seen.cells[kept], hidden.flatten(0, 1)  # flat [B*L, D]
+        grid = flat.new_zeros(views * count, flat.shape[1]).index_copy(0, cells, flat[there])
+        out = block(grid.view(views, count, -1), seen.memory).flatten(0, 1)  # [V*T, D]
+        flat = flat.index_copy(0, there, out[cells].to(flat.dtype)) + 0 * out.sum()  # in the graph without images, too
+        return flat.view_as(hidden)
 
 
 class SVABlock(nn.Module):
@@ -125,7 +143,7 @@ class SVABlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(hidden, hidden, bias=False), nn.GELU(), nn.Linear(hidden, dim, bias=False))
 
     def forward(self, x: Tensor, maps: dict[str, FeatureMap]) -> Tensor:
-        """x [V, T, dim] on the T = H*W cells, maps from `SVA.project` -> [V, T, dim]."""
+        """x [V, T, dim] on the T = H*W cells, maps from `SVA.memory` -> [V, T, dim]."""
         first = next(iter(self.windows))
         context = self.context(mean(maps[first]))[:, None].expand(-1, x.shape[1], -1)  # [V, T, hidden]
         u = self.reduce(torch.cat([x, context], dim=-1))  # [V, T, hidden]
