@@ -9,7 +9,7 @@ from helpers import ROOT
 PACKAGE = ROOT / "vlm_lab"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "lightning", "transformers", "timm", "wandb", "deepspeed"}
-TORCH_FREE = ["schema", "components", "explain", "launch", "store", "console", "build"]
+TORCH_FREE = ["schema", "compat", "components", "explain", "launch", "store", "console", "build"]
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -49,7 +49,8 @@ def test_direction(path: Path) -> None:
         "batch": set(),
         "module": {"model", "batch", "schema"},
         "callbacks": {"module", "model", "data", "batch"},
-        "schema": {"components"},
+        "schema": {"components", "compat"},
+        "compat": {"components"},
         "components": set(),
         "explain": set(),
         "console": set(),

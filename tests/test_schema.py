@@ -14,13 +14,19 @@ from vlm_lab.explain import explain
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDS_PATH = {"llava_json", "cauldron"}
+COMPANIONS = {  # what an option cannot be without
+    ("connector", "mining"): ["encoder=[siglip,clip]"],
+    ("connector", "sva"): ["encoder=[siglip,clip]"],
+    ("tiling", "native"): ["connector=mlp"],
+    ("tiling", "split4"): ["connector=perceiver"],
+}
 
 
 @pytest.mark.parametrize("scale", ["tiny", "full"])
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_binds(group: str, option: str, scale: str, tmp_path: Path) -> None:
     value = f"[{option}]" if group in ("encoder", "stage") else option
-    extra = [f"data.path={tmp_path}"] if option in NEEDS_PATH else []
+    extra = [f"data.path={tmp_path}"] if option in NEEDS_PATH else COMPANIONS.get((group, option), [])
     choice = f"{group}={value}" if group != "scale" else f"scale={option}"
     config = schema.check(composed(*([] if group == "scale" else [f"scale={scale}"]), choice, *extra))
     assert config.stages
@@ -28,7 +34,7 @@ def test_every_option_composes_and_binds(group: str, option: str, scale: str, tm
 
 def test_every_field_is_classified() -> None:
     kinds = {schema.IDENTITY, schema.PERFORMANCE, schema.COSMETIC}
-    models = [schema.Config, schema.Stage, schema.Data, schema.Trainer, schema.Eval]
+    models = [schema.Config, schema.Stage, schema.Rule, schema.Data, schema.Trainer, schema.Eval]
     fields = [(m.__name__, name, info) for m in models for name, info in m.model_fields.items()]
     wrong = [
         f"{m}.{name}" for m, name, info in fields if len(kinds & {x for x in info.metadata if isinstance(x, str)}) != 1
@@ -37,10 +43,12 @@ def test_every_field_is_classified() -> None:
 
 
 def test_several_encoders_and_ordered_stages() -> None:
-    config = schema.check(composed("encoder=[dinov2,siglip]", "stage=[instruct,align]"), {"connector": "mlp"})
+    config = schema.check(
+        composed("encoder=[dinov2,siglip]", "connector=concat", "stage=[instruct,align]"), {"connector": "concat"}
+    )
     assert list(config.encoder) == ["dinov2", "siglip"]
     assert list(config.stages) == ["instruct", "align"]
-    assert config.name == "dinov2+siglip-mlp"
+    assert config.name == "dinov2+siglip-concat"
 
 
 def test_dump_and_load_are_inverse(tmp_path: Path) -> None:

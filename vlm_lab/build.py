@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from vlm_lab.data.loader import Loader
     from vlm_lab.data.process import Processor
     from vlm_lab.data.sample import Source
-    from vlm_lab.data.tiling import Tiling
     from vlm_lab.model.vlm import VLM
     from vlm_lab.wandb_logger import WandbLogger
 
@@ -102,17 +101,7 @@ def processor(
     eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in encoders.items()}
     grid = model.connector.grid({name: encoder.grid for name, encoder in encoders.items()})
     chat = Chat(tokens, config.llm["chat"], config.llm["system"])
-    return Processor(chat, stage_tiling(config, tiling), eyes, grid, max_tokens)
-
-
-def stage_tiling(config: Config, tiling: Node | None) -> Tiling:
-    """A stage's own tiling, or the run's. Whether there is a newline embedding is the run's to say (stage keys)."""
-    chosen = make(tiling or config.tiling)
-    if chosen.newline and not make(config.tiling).newline:
-        raise ValueError(
-            f"tiling {type(chosen).__name__} of a stage needs newlines: choose a tiling with them for the run"
-        )
-    return chosen
+    return Processor(chat, make(tiling or config.tiling), eyes, grid, max_tokens)
 
 
 def loader(config: Config, stage: Stage, process: Processor, rank: int, world: int) -> Loader:

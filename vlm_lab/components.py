@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+Node = dict[str, Any]  # `_target_` and its constructor's arguments
 ROOT = Path(__file__).parent
 
 
@@ -44,11 +45,11 @@ def bind(field: str, node: dict[str, Any], runtime: set[str]) -> None:
 @cache
 def signature(target: str, field: str) -> tuple[set[str], set[str]]:
     """(all argument names, those without a default) of the class or function at the dotted path `target`."""
-    definition = find(target)
+    definition, module = find(target)
     if definition is None:
         raise ValueError(f"{field}._target_ = {target}: no such class or function below vlm_lab")
     if isinstance(definition, ast.ClassDef):
-        definition = constructor(definition, target.rpartition(".")[0])
+        definition = constructor(definition, module)
     if definition is None:
         return set(), set()
     args = definition.args
@@ -65,22 +66,47 @@ def constructor(definition: ast.ClassDef, module: str) -> ast.FunctionDef | None
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
             return item
     bases = (find(f"{module}.{base.id}") for base in definition.bases if isinstance(base, ast.Name))
-    found = (constructor(base, module) for base in bases if isinstance(base, ast.ClassDef))
+    found = (constructor(base, its_module) for base, its_module in bases if isinstance(base, ast.ClassDef))
     return next(filter(None, found), None)
 
 
-def find(target: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """The definition's syntax tree; follows re-exports (`from vlm_lab.x import name`)."""
+def short_name(node: Node) -> str:
+    return node["_target_"].rpartition(".")[2]
+
+
+def attribute(node: Node, name: str) -> Any:
+    """The literal value of a class attribute of `node`'s class or its nearest base; None if there is none."""
+    return class_attribute(node["_target_"], name)
+
+
+@cache
+def class_attribute(target: str, name: str) -> Any:
+    definition, module = find(target)
+    if not isinstance(definition, ast.ClassDef):
+        return None
+    for item in definition.body:
+        if isinstance(item, ast.Assign | ast.AnnAssign) and item.value is not None:
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            if any(isinstance(t, ast.Name) and t.id == name for t in targets):
+                return ast.literal_eval(item.value)
+    bases = [base.id for base in definition.bases if isinstance(base, ast.Name)]
+    values = (class_attribute(f"{module}.{base}", name) for base in bases)
+    return next((value for value in values if value is not None), None)
+
+
+@cache
+def find(target: str) -> tuple[ast.ClassDef | ast.FunctionDef | None, str]:
+    """The definition's syntax tree and the module it stands in; follows re-exports (`from vlm_lab.x import name`)."""
     module, _, name = target.rpartition(".")
     path = module_path(module)
     if path is None:
-        return None
+        return None, module
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node
+            return node, module
         if isinstance(node, ast.ImportFrom) and any(a.name == name for a in node.names) and node.module:
             return find(f"{node.module}.{name}")
-    return None
+    return None, module
 
 
 def module_path(module: str) -> Path | None:

@@ -13,23 +13,54 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic_core import PydanticCustomError
 
-from vlm_lab.components import bind
+from vlm_lab.compat import check_parts
+from vlm_lab.components import Node, bind
 
 IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
-Node = dict[str, Any]  # a component: `_target_` and its constructor's arguments
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Rule(Strict):
+    """How everything below one module path trains; a bare number stands for {lr: number}."""
+
+    lr: Annotated[float, IDENTITY] = Field(gt=0)  # peak learning rate
+    adapt: Annotated[Literal["full", "lora", "dora", "qlora"], IDENTITY] = "full"
+    last: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # only the last n blocks
+    rank: Annotated[int, IDENTITY] = Field(64, gt=0)
+    alpha: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # adapters are scaled by alpha / rank; null: 2 * rank
+    dropout: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # before the adapters
+    weight_decay: Annotated[float | None, IDENTITY] = Field(None, ge=0)  # null: the stage's
+    warmup: Annotated[float | None, IDENTITY] = Field(None, ge=0, lt=1)  # null: the stage's
+
+    @model_validator(mode="before")
+    @classmethod
+    def from_number(cls, value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float | dict | Rule):
+            raise PydanticCustomError("rule", "must be a learning rate, null, or {lr: RATE, adapt: lora, ...}")
+        return {"lr": float(value)} if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def adapter_settings(self) -> Rule:
+        if self.adapt == "full" and (idle := self.model_fields_set & {"rank", "alpha", "dropout"}):
+            raise ValueError(f"{sorted(idle)[0]} has no effect with adapt=full; choose lora, dora or qlora")
+        return self
+
+    @model_serializer(mode="wrap")
+    def to_number(self, dump: SerializerFunctionWrapHandler) -> Any:
+        return self.lr if self.model_fields_set == {"lr"} else dump(self)
+
+
 class Stage(Strict):
-    """One training stage. `train` maps module paths to peak learning rates; what it does not name is frozen."""
+    """One training stage. `train` maps module paths to how they train; what it does not name is frozen."""
 
     mixture: Annotated[str, IDENTITY]
-    train: Annotated[dict[str, float | None], IDENTITY]
+    train: Annotated[dict[str, Rule | None], IDENTITY]
     steps: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # optimizer steps; give this or `epochs`
     epochs: Annotated[float | None, IDENTITY] = Field(None, gt=0)
     batch: Annotated[int, IDENTITY] = Field(gt=0)  # samples per optimizer step, over all processes
@@ -37,7 +68,9 @@ class Stage(Strict):
     schedule: Annotated[Literal["cosine", "constant"], IDENTITY] = "cosine"
     warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
     weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
-    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
+    optimizer: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"], IDENTITY] = "adamw"
+    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # of the optimizer
+    neftune: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # alpha of the noise on the LLM's input
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
     max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
     tiling: Annotated[Node | None, IDENTITY] = None  # of this stage, where it is not the run's
@@ -46,7 +79,7 @@ class Stage(Strict):
     def one_length(self) -> Stage:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
-        if not any(self.train.values()):
+        if all(rule is None for rule in self.train.values()):
             raise ValueError("train names nothing to train: every rate is null")
         return self
 
@@ -109,6 +142,8 @@ def check(cfg: DictConfig, choices: dict[str, Any] | None = None) -> Config:
     config = Config.model_validate(tree)
     for field, node, runtime in components(config):
         bind(field, node, runtime)
+    own = {f"stages.{name}.tiling": stage.tiling for name, stage in config.stages.items() if stage.tiling is not None}
+    check_parts(config.encoder, config.connector, {"tiling": config.tiling, **own})
     for name, stage in config.stages.items():
         check_stage(name, stage, config)
     check_paths(config)

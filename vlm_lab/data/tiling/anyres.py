@@ -24,6 +24,7 @@ class AnyRes(Tiling):
     """LLaVA-NeXT. `canvases`: the (rows, columns) of views that are offered; a tie goes to the first in the list."""
 
     newline = True
+    stitches = True
 
     def __init__(self, canvases: Sequence[Sequence[int]]) -> None:
         self.canvases = [(rows, columns) for rows, columns in canvases]
@@ -54,6 +55,8 @@ class AnyResMax(AnyRes):
 
     One image is tiled; each of several is one padded view. Videos: at most `frames` frames, each view's map halved.
     """
+
+    rescales = True
 
     def __init__(self, largest: int, cap: int, frames: int) -> None:
         span = range(1, largest + 1)

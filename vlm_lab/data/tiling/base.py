@@ -36,6 +36,10 @@ class Tiling:
 
     marker = ""  # text before, between and after an image's runs of tokens; markers that would touch are one
     newline = False  # whether layouts hold newline embeddings
+    single_encoder = False  # whether it can feed one encoder only
+    any_shape = False  # whether its views have other shapes than the encoder's square
+    stitches = False  # whether it needs a map of tokens per view
+    rescales = False  # whether it may scale that map
 
     def check(self, view: View, encoders: int) -> None:
         """Raises ValueError if this tiling cannot feed `encoders` encoders and a connector with `view.grid`."""

@@ -19,6 +19,9 @@ class Native(Tiling):
     `longest`: an upper limit below the encoder's side, as in the first stage of Idefics2's pretraining.
     """
 
+    single_encoder = True
+    any_shape = True
+
     def __init__(self, shortest: int, marker: str = "", longest: int | None = None) -> None:
         self.shortest, self.marker, self.longest = shortest, marker, longest
 

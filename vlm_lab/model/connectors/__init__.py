@@ -26,6 +26,8 @@ class Connector(nn.Module):
     """Base of all connectors: checks how many encoders a connector can take, and counts tokens from `grid`."""
 
     multi = False  # whether several encoders can feed it
+    spatial = True  # whether its tokens are a map (h, w) of the view
+    per_patch = False  # whether each token comes from its own patch alone
 
     def __init__(self, dims: dict[str, int], out_dim: int) -> None:
         super().__init__()

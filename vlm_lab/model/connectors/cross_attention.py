@@ -34,6 +34,7 @@ class CrossAttention(DeepConnector):
     """
 
     multi = True
+    spatial = False
     site: Literal["input", "output"] = "input"
 
     def __init__(

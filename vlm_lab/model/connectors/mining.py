@@ -23,6 +23,7 @@ class PatchInfoMining(Connector):
     """
 
     multi = True
+    encoders = 2
 
     def __init__(self, dims: dict[str, int], out_dim: int) -> None:
         super().__init__(dims, out_dim)

@@ -22,6 +22,8 @@ def projection(in_dim: int, out_dim: int, layers: int) -> nn.Sequential:
 class MLP(Connector):
     """`layers` = 1 is the linear projection, 2 the MLP of LLaVA-1.5."""
 
+    per_patch = True
+
     def __init__(self, dims: dict[str, int], out_dim: int, layers: int = 2) -> None:
         super().__init__(dims, out_dim)
         (in_dim,) = dims.values()

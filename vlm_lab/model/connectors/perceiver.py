@@ -24,6 +24,7 @@ class Perceiver(Connector):
     """
 
     multi = True
+    spatial = False
 
     def __init__(
         self,

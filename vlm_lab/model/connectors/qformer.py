@@ -19,6 +19,8 @@ EPS = 1e-12
 class QFormer(Connector):
     """`queries` tokens out, whatever the grid; `cross_every`: every how many layers the queries look at the image."""
 
+    spatial = False
+
     def __init__(
         self,
         dims: dict[str, int],

@@ -35,6 +35,7 @@ class SVA(DeepConnector):
     """
 
     multi = True
+    on_cells = True  # its blocks inside the LLM need every token on its cell
     site: Literal["input", "output"] = "output"
 
     def __init__(
