@@ -34,7 +34,7 @@ FITS = [
 
 @pytest.mark.parametrize(("command", "message"), REFUSED)
 def test_what_does_not_fit_is_refused(command: str, message: str) -> None:
-    with pytest.raises(ValueError, match="^(stages|connector|tiling)") as caught:
+    with pytest.raises(ValueError, match=r"^(stages|connector|tiling)") as caught:
         schema.check(composed(*command.split()))
     assert str(caught.value).startswith(message)
 

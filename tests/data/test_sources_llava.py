@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlm_lab.data.images import load_image
-from vlm_lab.data.sample import BadRecord, ImageSlot, Sample, Source
+from vlm_lab.data.sample import BadRecord, ImageSlot, Sample, Source, Video
 from vlm_lab.data.sources import LlavaJson
 
 FIRST, SECOND = ImageSlot(0), ImageSlot(1)
@@ -100,6 +100,14 @@ def test_llava_no_image(root: Path, image: object) -> None:
     assert write(root, [{"image": image, "conversations": talk("Q", "A")}])[0].images == ()
 
 
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_llava_video(root: Path, mark: str) -> None:
+    (root / "film.mp4").write_bytes(b"decoded when it is asked for")
+    sample = write(root, [{"video": "film.mp4", "conversations": talk(f"{mark}\nQ", "A")}])[0]
+    assert sample.images == (Video(root.resolve() / "film.mp4"),)
+    assert contents(sample) == [(FIRST, "\nQ"), ("A",)]
+
+
 def test_llava_root(root: Path, tmp_path: Path) -> None:
     write(tmp_path, [{"image": "a.png", "conversations": talk("Q", "A")}])
     source = LlavaJson(str(tmp_path / "train.jsonl"), root=str(root))
@@ -126,7 +134,9 @@ BAD_RECORDS = {
     "long path": ({"image": "a" * 5000, "conversations": GOOD}, "cannot be used: "),
     "image type": ({"image": 3, "conversations": GOOD}, "`image` is int, not text"),
     "image item": ({"image": ["a.png", None], "conversations": GOOD}, "`image` is null"),
-    "video": ({"video": "a.mp4", "conversations": GOOD}, "has a `video`"),
+    "missing video": ({"video": "a.mp4", "conversations": GOOD}, "video a.mp4 is not in data.root"),
+    "video outside": ({"video": "../secret.png", "conversations": GOOD}, "video ../secret.png lies outside data.root"),
+    "video marks": ({"video": "a.png", "conversations": talk("<video><video>", "A")}, "has 2 <image> mark(s) for 1"),
     "source type": ({"source": ["x"], "conversations": GOOD}, "`source` is list, not text"),
     "no object": (["Q", "A"], "is list, not an object"),
     "no conversations": ({"text": "Q"}, "has no `conversations`"),

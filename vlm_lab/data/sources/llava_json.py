@@ -6,8 +6,8 @@
 `image` is a path, a list of paths, or absent (text only; Cambrian-10M also writes "", "None", "none", "nan"). A key
 `source` becomes `Sample.source` and `Sample.group`; other keys go to `meta`. `<image>` is placed by the rules of
 LLaVA-NeXT's train.py, `preprocess_multimodal`. Only byte offsets are kept, 24 bytes a record: a record is parsed when
-it is asked for, and a pickled reader (a DataLoader worker's) carries no text. Videos are refused; an `id` that the file
-repeats (LLaVA-665K does) stays repeated.
+it is asked for, and a pickled reader (a DataLoader worker's) carries no text. `video` is a path or a list, marked by
+`<image>` or `<video>`, after the images if there are both. An `id` that the file repeats (LLaVA-665K does) stays repeated.
 """
 
 import json
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Role, Sample
+from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Role, Sample, Video
 from vlm_lab.data.sources.common import Content, Unusable, answer, check_index, digest, file_hash, images_first, text
 
-MARK = "<image>"
-OWN_KEYS = ("id", "image", "conversations", "source")
+MARK, VIDEO_MARK = "<image>", "<video>"
+OWN_KEYS = ("id", "image", "video", "conversations", "source")
 NO_IMAGE = (None, "", "None", "none", "nan")
 ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant"}
 DECODER = json.JSONDecoder()
@@ -77,23 +77,25 @@ class LlavaJson:
         return self._file
 
     def _sample(self, record: dict[str, Any], number: int) -> Sample:
-        images = tuple(self._image(name) for name in _image_names(record))
+        images = tuple(self._file_at(name, "image") for name in _names(record, "image"))
+        videos = tuple(Video(self._file_at(name, "video")) for name in _names(record, "video"))
+        shown = (*images, *videos)
         source = text(record.get("source") or "", "`source`")
         name = str(number if record.get("id") is None else record["id"])
         meta = {key: value for key, value in record.items() if key not in OWN_KEYS}
-        return Sample(name, _messages(record, len(images)), images, source, source, meta, str(self.path))
+        return Sample(name, _messages(record, len(shown)), shown, source, source, meta, str(self.path))
 
-    def _image(self, name: object) -> Path:
-        relative = text(name, "`image`")
+    def _file_at(self, name: object, key: str) -> Path:
+        relative = text(name, f"`{key}`")
         try:
             path = Path(os.path.realpath(self.root / relative))
             found = path.is_file()
         except (ValueError, OSError) as error:  # a null character, a name that is too long
-            raise Unusable(f"image path {relative[:80]!r} cannot be used: {error}") from None
+            raise Unusable(f"{key} path {relative[:80]!r} cannot be used: {error}") from None
         if not path.is_relative_to(self.root):
-            raise Unusable(f"image {relative} lies outside data.root = {self.root}")
+            raise Unusable(f"{key} {relative} lies outside data.root = {self.root}")
         if not found:
-            raise Unusable(f"image {relative} is not in data.root = {self.root}")
+            raise Unusable(f"{key} {relative} is not in data.root = {self.root}")
         return path
 
 
@@ -152,10 +154,8 @@ def _parse(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _image_names(record: dict[str, Any]) -> list[object]:
-    if "video" in record:
-        raise Unusable("has a `video`; only images are read")
-    names = record.get("image")
+def _names(record: dict[str, Any], key: str) -> list[object]:
+    names = record.get(key)
     if isinstance(names, list):
         return names
     return [] if names in NO_IMAGE else [names]
@@ -163,6 +163,8 @@ def _image_names(record: dict[str, Any]) -> list[object]:
 
 def _messages(record: dict[str, Any], num_images: int) -> tuple[Message, ...]:
     turns = _turns(record)
+    if "video" in record:
+        turns = [(role, value.replace(VIDEO_MARK, MARK)) for role, value in turns]
     marks = sum(value.count(MARK) for _, value in turns)
     if marks not in (0, num_images):
         raise Unusable(f"has {marks} {MARK} mark(s) for {num_images} image(s)")
