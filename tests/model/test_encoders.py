@@ -63,7 +63,7 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"image_size": 7}, "image_size 7 is smaller than patch_size 8"),
-        ({"layer": 3}, "layer 3 is outside its 3 blocks"),
+        ({"layer": 3}, "layer 3 is outside its 3 layers"),
         ({"weights": "/no/such/file"}, "no such file"),
     ],
 )

@@ -1,14 +1,18 @@
 """A timm Vision Transformer on views of different shapes: masked padding, positions spread over each view.
 
-Source: Idefics2 (arXiv 2405.02246), NaViT's fractional positions, and transformers' `Idefics2VisionEmbeddings`. Row
-i of n gets the learned position floor(i * S / n) of S: what transformers computes in float32, up to its rounding
-at n = 25, 49, 50, 55 (S = 70). A patch is real if all its pixels are, as in transformers (Idefics2's own training
-code: any). Not here: models with rotary positions, packing of several views into one sequence.
+Two kinds of model can do that. Those with a table of learned positions take Idefics2's way (arXiv 2405.02246, NaViT's
+fractional positions, transformers' `Idefics2VisionEmbeddings`): row i of n gets the position floor(i * S / n) of S,
+what transformers computes in float32, up to its rounding at n = 25, 49, 50, 55 (S = 70). NaFlex models (SigLIP 2, arXiv
+2502.14786) resample their table to every view's own shape; timm does it. A patch is real if all its pixels are, as in
+transformers (Idefics2's own training code: any). Not here: models with rotary or relative positions, hierarchical ones,
+packing of several views into one sequence.
 """
 
 from typing import Any
 
 import torch
+from timm.models.naflexvit import NaFlexVit, batch_patchify
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from vlm_lab.batch import Grid
@@ -17,20 +21,57 @@ from vlm_lab.model.features import FeatureMap
 
 def native_features(encoder: Any, pixels: Tensor, sizes: Tensor) -> FeatureMap:
     """What a `TimmEncoder` makes of uint8 pixels [V, 3, H, W] whose real part is sizes [V, 2] (height, width)."""
-    model: Any = getattr(encoder, "model", None)
-    if getattr(model, "pos_embed", None) is None:
-        name = type(encoder if model is None else model).__name__
+    model: Any = getattr(encoder, "model", encoder)
+    flexible = isinstance(model, NaFlexVit)
+    if not flexible and (not isinstance(model, VisionTransformer) or model.pos_embed is None):
+        name = type(model).__name__
         raise ValueError(f"views of other shapes than the encoder's square need learned positions, {name} has none")
-    patches = model.patch_embed.proj((pixels.to(encoder.shift.dtype) - encoder.shift) / encoder.scale)  # [V, C, h, w]
-    grid, real = (patches.shape[2], patches.shape[3]), sizes // encoder.stride
-    mask = real_patches(real, grid)  # [V, N], N = h * w
-    tokens = model.patch_embed.norm(patches.flatten(2).transpose(1, 2))  # [V, N, C]
+    patch = (model.embeds if flexible else model.patch_embed).patch_size[0]
+    if patch != encoder.stride:
+        raise ValueError(f"views of other shapes need maps as they are: encoder side = {encoder.grid[0]} resizes them")
+    grid, real = (pixels.shape[2] // patch, pixels.shape[3] // patch), sizes // patch
+    images = encoder.normalised(pixels[..., : grid[0] * patch, : grid[1] * patch])
+    layers = (naflex_layers if flexible else learned_layers)(encoder, images, real, grid)
+    return FeatureMap(torch.cat(layers, dim=-1), grid, real_patches(real, grid))
+
+
+def learned_layers(encoder: Any, images: Tensor, real: Tensor, grid: Grid) -> list[Tensor]:
+    """The layers in use, each [V, N, C], of a model with one learned position per patch of its square."""
+    model = encoder.model
+    tokens = model.patch_embed.norm(model.patch_embed.proj(images).flatten(2).transpose(1, 2))  # [V, N, C]
+    mask = real_patches(real, grid)
     x = with_positions(model, tokens, positions(real, grid, model.patch_embed.grid_size))
     prefix = x.shape[1] - tokens.shape[1]  # class and register tokens
     keys = torch.cat([mask.new_ones(len(mask), prefix), mask], dim=1)[:, None, None]  # [V, 1, 1, prefix + N]
-    for block in model.blocks:
+    layers = []
+    for index, block in enumerate(model.blocks):
         x = block(x, attn_mask=keys)
-    return FeatureMap((model.norm(x) if encoder.last else x)[:, prefix:], grid, mask)
+        if index in encoder.layers:
+            layers.append((model.norm(x) if encoder.norm else x)[:, prefix:])
+    return layers
+
+
+def naflex_layers(encoder: Any, images: Tensor, real: Tensor, grid: Grid) -> list[Tensor]:
+    """The same of a NaFlex model, which reads a view's real patches first, row by row, and padding behind them."""
+    patches, _ = batch_patchify(images, encoder.model.embeds.patch_size, pad=False)  # [V, N, p * p * 3]
+    mask = real_patches(real, grid)
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # [V, N]
+    valid = mask.gather(1, order)
+    coordinates = torch.stack([order // grid[1], order % grid[1]], dim=-1) * valid[..., None]  # [V, N, 2]
+    found = encoder.model.forward_intermediates(
+        {"patches": take(patches, order), "patch_coord": coordinates, "patch_valid": valid},
+        indices=encoder.layers,
+        norm=encoder.norm,
+        output_fmt="NLC",
+        intermediates_only=True,
+    )
+    back = order.argsort(dim=1)
+    return [take(tokens, back) for tokens in found]
+
+
+def take(tokens: Tensor, order: Tensor) -> Tensor:
+    """tokens [V, N, C] in the order [V, N]."""
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def real_patches(real: Tensor, grid: Grid) -> Tensor:
