@@ -21,7 +21,7 @@ from vlm_lab.batch import IGNORE, IMAGE_TOKEN
 from vlm_lab.data.chat import Chat
 from vlm_lab.data.process import Processor, spelt
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample, Video
-from vlm_lab.data.tiling import HD, AnyRes, AnyResMax, Crop, Eye, Native, Pad, Split4, Squash, Tiling, View
+from vlm_lab.data.tiling import HD, AnyRes, AnyResMax, Crop, Eye, Native, Pad, Split4, Squash, Tiling, Unpad, View
 from vlm_lab.data.video import count_frames, read_frames
 
 MEAN = (0.5, 0.5, 0.5)
@@ -131,6 +131,18 @@ def test_idefics2_golden_sizes(picture: tuple[int, int]) -> None:
     assert tiling.fit(picture, 980) == pixels
     assert tiling.layout(picture, IDEFICS2).blocks[0].size == patches
     assert tiling.layout(picture, View(980, 14, (1, 64))).num_tokens == 64
+
+
+@given(size)
+def test_cambrian_cuts_the_padding_off(picture: tuple[int, int]) -> None:
+    """Rows and columns by `prepare_image_info`: new = int(short * side / long), (side - new) // 2 off at either end."""
+    (width, height), side = picture, 24
+    layout = Unpad().layout(picture, View(384, 14, (side, side)))
+    short = int(min(picture) * side / max(picture) + 1e-9)  # float division falls short of whole numbers at times
+    kept = side - 2 * ((side - short) // 2)
+    rows, columns = (kept, side) if width >= height else (side, kept)
+    assert layout.num_tokens == rows * (columns + 1)
+    assert layout.padded == picture and layout.views == 1
 
 
 def test_mini_gemini_hd_is_5n_tokens() -> None:

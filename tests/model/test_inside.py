@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlm_lab.batch import IGNORE, Batch, Block, Layout
 from vlm_lab.data.loader import pack
 from vlm_lab.data.process import Eye, Processor
-from vlm_lab.data.tiling import AnyRes, Squash
+from vlm_lab.data.tiling import AnyRes, Squash, Unpad
 from vlm_lab.eval.runner import pad_left
 from vlm_lab.model.connectors import DeepConnector
 from vlm_lab.model.connectors.cross_attention import CrossAttention
@@ -60,6 +60,21 @@ def test_packed_equals_unpacked(vlm: VLM, process: Processor) -> None:
     assert together.keys() == apart.keys() == dict(vlm.named_parameters()).keys()
     assert max(max_difference(together[n], apart[n]) for n in together) / answers <= 1e-5
     assert all(gradient.abs().max() > 0 for name, gradient in together.items() if "llm_blocks" in name)
+
+
+def test_padding_that_is_cut_off(process: Processor) -> None:
+    """SVA on images of several shapes, padded to squares: masked keys, dropped queries, newlines; packed == unpacked."""
+    torch.manual_seed(0)
+    eye = TimmEncoder("vit_base_patch16_siglip_224", None, -1, image_size=32, patch_size=8, width=16, depth=2, heads=2)
+    sva = SVA({"eye": 16}, 32, side=4, hidden=16, heads=2, depth=1, stride=1, windows=2)
+    vlm = VLM({"eye": eye}, sva, build_llm("qwen2", None, DEEP, None, "chatml", ""), newline=True)
+    unpad = Processor(process.chat, Unpad(), process.eyes, (4, 4), 200)
+    packed, single = rows(unpad)
+    assert {layout.num_tokens for layout in packed.layouts} == {2 * 5}  # 20 x 12 pixels: 2 of 4 rows are kept
+    answers = int(packed.targets.ne(IGNORE).sum())
+    together, apart = gradients(vlm, [packed]), gradients(vlm, single)
+    assert together.keys() == dict(vlm.named_parameters()).keys()
+    assert max(max_difference(together[n], apart[n]) for n in together) / answers <= 1e-5
 
 
 def test_a_text_only_row_has_every_parameter_in_its_graph(vlm: VLM, process: Processor) -> None:

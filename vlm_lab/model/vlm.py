@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from vlm_lab.batch import IMAGE_TOKEN, Batch, Prompts
 from vlm_lab.model.arrange import arrange
 from vlm_lab.model.connectors import Connector, DeepConnector
+from vlm_lab.model.features import FeatureMap, without_padding
 from vlm_lab.model.inside import Seen, decoder_layers, inside, sample_numbers
 from vlm_lab.model.native import native_features
 
@@ -59,17 +60,19 @@ class VLM(nn.Module):
 
     def see(self, batch: Batch | Prompts) -> Seen:
         """Encode and connect: the visual tokens of the batch's views, and what blocks inside the LLM attend to."""
-        features = {
-            name: native_features(encoder, batch.pixels[name], batch.sizes[name])
-            if name in batch.sizes
-            else encoder(batch.pixels[name])
-            for name, encoder in self.encoder.items()
-        }
+        features = {name: self.encode(name, batch) for name in self.encoder}
         connector: Any = self.connector
         memory = connector.memory(features) if isinstance(connector, DeepConnector) else None
         tokens = connector(features) if memory is None else connector.tokens(memory)  # [V, T, D]
         grid = connector.grid({name: f.grid for name, f in features.items()})
         return Seen(tokens, grid, memory, batch.input_ids == IMAGE_TOKEN, sample_numbers(batch), batch.layouts)
+
+    def encode(self, name: str, batch: Batch | Prompts) -> FeatureMap:
+        """The features of all views by one encoder, padding masked."""
+        encoder, pixels = self.encoder[name], batch.pixels[name]
+        if name in batch.sizes:
+            return native_features(encoder, pixels, batch.sizes[name])
+        return without_padding(encoder(pixels), batch.layouts)
 
     def splice(self, batch: Batch | Prompts, seen: Seen) -> Tensor:
         """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""

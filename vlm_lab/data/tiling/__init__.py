@@ -15,7 +15,7 @@ from vlm_lab.data.tiling.anyres import AnyRes, AnyResMax
 from vlm_lab.data.tiling.base import Eye, Grid, Size, Tiling, View
 from vlm_lab.data.tiling.native import Native
 from vlm_lab.data.tiling.split import HD, Split4
-from vlm_lab.data.tiling.whole import Crop, Pad, Squash
+from vlm_lab.data.tiling.whole import Crop, Pad, Squash, Unpad
 
 __all__ = [
     "HD",
@@ -30,5 +30,6 @@ __all__ = [
     "Split4",
     "Squash",
     "Tiling",
+    "Unpad",
     "View",
 ]

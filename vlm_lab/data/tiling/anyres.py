@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from vlm_lab.batch import Block, Grid, Layout
+from vlm_lab.batch import Block, Grid, Layout, unpadded
 from vlm_lab.data.tiling.base import Eye, Size, Tiling, View, single
 from vlm_lab.data.tiling.whole import BICUBIC, cut, pad, squash
 
@@ -96,19 +96,6 @@ def best_canvas(size: Size, canvases: Sequence[Grid], side: int) -> Grid:
         return shown, shown - height * width
 
     return max(canvases, key=merit)
-
-
-def unpadded(size: Size, grid: Grid) -> tuple[Grid, Grid]:
-    """(top, left) and (rows, columns) of the part of a canvas's `grid` of tokens on which the image lies.
-
-    Exact integers: equal to transformers' rounding, and to LLaVA's float division but for 1 in 192,000 sizes.
-    """
-    (width, height), (rows, columns) = size, grid
-    if width * rows > columns * height:  # wider than the canvas: there are margins above and below
-        margin = (rows - height * columns // width) // 2
-        return (margin, 0), (rows - 2 * margin, columns)
-    margin = (columns - width * rows // height) // 2
-    return (0, margin), (rows, columns - 2 * margin)
 
 
 def letterbox(image: Image.Image, size: Size) -> Image.Image:

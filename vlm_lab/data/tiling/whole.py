@@ -1,11 +1,12 @@
 """One square view per image: squashed, padded or cropped to the encoder's square.
 
-Sources: LLaVA-1.5 (`expand2square`) for padding, CLIP's preprocessing for cropping. No tiles.
+Sources: LLaVA-1.5 (`expand2square`) for padding, Cambrian-1 (arXiv 2406.16860, `unpad_image`) for cutting it off again,
+CLIP's preprocessing for cropping. No tiles.
 """
 
 from PIL import Image
 
-from vlm_lab.batch import Layout
+from vlm_lab.batch import Block, Layout, unpadded
 from vlm_lab.data.tiling.base import Eye, Size, Tiling, View, single
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -26,6 +27,17 @@ class Pad(Squash):
 
     def render(self, image: Image.Image, layout: Layout, eye: Eye) -> list[Image.Image]:
         return [squash(pad(image, eye.mean), eye.side)]
+
+
+class Unpad(Pad):
+    """Cambrian-1: padded as `Pad`, but the padding's tokens are cut off again, and every row ends in a newline."""
+
+    newline = True
+    stitches = True
+
+    def layout(self, size: Size, view: View) -> Layout:
+        offset, crop = unpadded(size, view.grid)
+        return Layout((Block((1, 1), offset, crop, crop, "row"),), padded=size)
 
 
 class Crop(Squash):
