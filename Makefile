@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check format bench sheet clean
+.PHONY: help install train test test-grid check format bench sheet clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ train: $(READY) ## train and evaluate the default model: CPU, no network, a few 
 
 test: $(READY) ## run the whole test suite
 	$(BIN)/python -m pytest
+
+test-grid: $(READY) ## every encoder x connector x LLM x tiling (the suite runs a sample): tens of minutes
+	PYTHONPATH=. $(BIN)/python tests/grid.py
 
 check: $(READY) ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from vlm_lab.components import Node, attribute, short_name
 
+NO_POSITIONS = ("convnext", "eva02", "dinov3", "samvit")  # in timm's names: no learned positions to spread over a shape
+
 
 def check_parts(encoders: dict[str, Node], connector: Node, tilings: dict[str, Node]) -> None:
     """ValueError with the first reason why these parts do not fit; `tilings` maps fields to nodes."""
@@ -41,9 +43,12 @@ def tiling_problems(encoders: dict[str, Node], connector: Node, tilings: dict[st
         if attribute(tiling, "newline") and not attribute(tilings["tiling"], "newline"):
             yield f"{kind} needs newline embeddings, which the run's tiling decides: choose tiling=anyres or anyres_max"
         if attribute(tiling, "single_encoder") and len(encoders) > 1:
-            yield f"{kind} takes one encoder, got {len(encoders)}: {', '.join(encoders)}"
+            yield f"{kind} takes one encoder, got {len(encoders)}: {', '.join(encoders)}; choose squash, pad or anyres"
         if attribute(tiling, "stitches") and not spatial:
             yield f"{kind} stitches maps of tokens, but connector {name} gives none; choose squash, pad, hd or split4"
+        for encoder, node in encoders.items() if attribute(tiling, "any_shape") else ():
+            if attribute(node, "square") or any(word in str(node.get("name")) for word in NO_POSITIONS):
+                yield f"{kind} needs learned positions, encoder {encoder} has none; choose siglip, clip or dinov2"
         if attribute(tiling, "any_shape") and spatial and not attribute(connector, "per_patch"):
             reason = f"needs one token per patch or a resampler, connector {name} mixes neighbouring patches"
             yield f"{kind} {reason}; choose mlp, perceiver or qformer"

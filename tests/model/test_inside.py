@@ -63,7 +63,7 @@ def test_packed_equals_unpacked(vlm: VLM, process: Processor) -> None:
 
 
 def test_padding_that_is_cut_off(process: Processor) -> None:
-    """SVA on images of several shapes, padded to squares: masked keys, dropped queries, newlines; packed == unpacked."""
+    """SVA on padded squares: masked keys, dropped queries, newlines; packed == unpacked."""
     torch.manual_seed(0)
     eye = TimmEncoder("vit_base_patch16_siglip_224", None, -1, image_size=32, patch_size=8, width=16, depth=2, heads=2)
     sva = SVA({"eye": 16}, 32, side=4, hidden=16, heads=2, depth=1, stride=1, windows=2)

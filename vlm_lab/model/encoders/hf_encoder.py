@@ -37,6 +37,8 @@ class HFEncoder(Encoder):
     Normalisation comes from the checkpoint's `preprocessor_config.json`; random models use 0.5.
     """
 
+    square = True  # its positions cannot be spread over views of other shapes
+
     def __init__(
         self,
         family: str,
@@ -112,8 +114,9 @@ def check_inputs(family: str, model: nn.Module) -> None:
     parameters = inspect.signature(model.forward).parameters.values()
     needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     config: Any = model.config
-    one_token_per_patch = isinstance(getattr(config, "patch_size", None), int) and hasattr(config, "num_hidden_layers")
-    if set(needed) - {"pixel_values"} or not one_token_per_patch or family == "vit_mae":  # MAE shuffles its patches
+    sizes = [getattr(config, key, None) for key in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")]
+    plain = all(isinstance(value, int) for value in sizes) and family != "vit_mae"  # MAE shuffles its patches
+    if set(needed) - {"pixel_values"} or not plain:
         raise ValueError(f"encoder {family}: not a transformer with one token per patch of an image; try encoder=timm")
 
 
