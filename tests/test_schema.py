@@ -101,7 +101,8 @@ def test_a_typo_is_answered_by_the_command_in_a_second_without_torch() -> None:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         seconds.append(time.perf_counter() - start)
     errors = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
-    assert errors == ["error: encoder=siglib: no such option, did you mean siglip?; there are clip, dinov2, siglip"]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: encoder=siglib: no such option, did you mean siglip?; there are clip, ")
     assert result.returncode == 1
     imported = {
         line.rsplit("|", 1)[1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
