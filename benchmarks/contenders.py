@@ -20,7 +20,7 @@ from vlm_lab.data.mixture import Mixture
 from vlm_lab.model import freeze
 from vlm_lab.module import VLMTraining
 
-BATCH, MAX_TOKENS = 16, 2048
+BATCH = 16
 LLM = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -59,7 +59,7 @@ def parts(folder: Path, steps: int) -> tuple[schema.Config, VLMTraining, Loader]
     stage = cfg.stages["align"]
     stage.steps = steps
     vlm = build.vlm(cfg)
-    processor = build.processor(cfg, vlm, build.tokenizer(cfg), MAX_TOKENS)
+    processor = build.processor(cfg, vlm, build.tokenizer(cfg), stage)
     source = build.sources(cfg)["records"]
     records = Records([source], Mixture([len(source)], [1.0], cfg.seed), processor)
     return cfg, VLMTraining(vlm, stage, steps), Loader(records, steps, BATCH, BATCH)
@@ -81,7 +81,7 @@ def bare(folder: Path, steps: int) -> list[float]:
     _, module, loader = parts(folder, steps)
     batches, vlm = list(loader), module.vlm
     freeze.train_mode(vlm)
-    groups = freeze.param_groups(vlm, module.stage.train, 0.0)
+    groups = freeze.param_groups(vlm, module.table)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, module.stage.beta2), fused=True)
     stamps = []
     for batch in batches:

@@ -6,6 +6,7 @@ built.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenize
     if trained is not None:
         return load_tokenizer(str(trained))
     if config.llm["tokenizer"] is not None:
-        return load_tokenizer(config.llm["tokenizer"])
+        return load_tokenizer(config.llm["tokenizer"], config.llm["chat"])
     cache, vocab = Path(config.output) / "cache", config.llm["shape"]["vocab_size"]
     return trained_tokenizer(sources(config).values(), config.llm["chat"], vocab, cache)
 
@@ -90,18 +91,18 @@ def unloaded(node: Node) -> Node:
     return {**node, "weights": None}
 
 
-def processor(
-    config: Config, model: VLM, tokens: PreTrainedTokenizerFast, max_tokens: int, tiling: Node | None = None
-) -> Processor:
-    """What turns this model's samples into tensors; `tiling` is a stage's own, where it is not the run's."""
+def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, stage: Stage | None = None) -> Processor:
+    """What turns this model's samples into tensors: as `stage` asks for, or without it as evaluation does."""
     from vlm_lab.data.chat import Chat
     from vlm_lab.data.process import Eye, Processor
 
     encoders: dict[str, Any] = dict(model.encoder.items())
     eyes = {name: Eye(encoder.image_size, encoder.mean, encoder.stride) for name, encoder in encoders.items()}
     grid = model.connector.grid({name: encoder.grid for name, encoder in encoders.items()})
-    chat = Chat(tokens, config.llm["chat"], config.llm["system"])
-    return Processor(chat, make(tiling or config.tiling), eyes, grid, max_tokens)
+    template = (stage and stage.chat) or config.llm["chat"]
+    tiling = (stage and stage.tiling) or config.tiling
+    chat = Chat(tokens, template, config.llm["system"])
+    return Processor(chat, make(tiling), eyes, grid, stage.max_tokens if stage else sys.maxsize)
 
 
 def loader(config: Config, stage: Stage, process: Processor, rank: int, world: int) -> Loader:
@@ -122,11 +123,15 @@ def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback
     """Lightning's Trainer for one stage: one pass over `data`, whose length is steps x accumulated rows."""
     from lightning import Trainer
 
+    from vlm_lab.callbacks import AtomicFiles
+    from vlm_lab.strategies import strategy
+
     options = config.trainer
     return Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
-        strategy=options.strategy,
+        strategy=strategy(options),
+        plugins=[] if options.strategy.startswith("zero") else [AtomicFiles()],
         precision=options.precision,
         max_steps=data.steps,
         accumulate_grad_batches=data.parts,

@@ -10,12 +10,13 @@ console = Console(highlight=False)
 
 
 def show_trainability(stage: str, rows: Sequence[Any]) -> None:
-    """`rows` have module, params and lr (None = frozen)."""
+    """`rows` have module, params, trained, and lr and adapt (None = frozen)."""
     table = Table(title=f"stage {stage}: what trains", title_justify="left")
-    for heading in ("module", "parameters", "learning rate"):
-        table.add_column(heading, justify="left" if heading == "module" else "right")
+    for heading in ("module", "parameters", "trained", "how", "learning rate"):
+        table.add_column(heading, justify="left" if heading in ("module", "how") else "right")
     for row in rows:
-        table.add_row(row.module, f"{row.params:,}", "frozen" if row.lr is None else f"{row.lr:g}")
+        rate = "" if row.lr is None else f"{row.lr:g}"
+        table.add_row(row.module, f"{row.params:,}", f"{row.trained:,}", row.adapt or "frozen", rate)
     console.print(table)
 
 

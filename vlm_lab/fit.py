@@ -11,25 +11,31 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
+import threading
+import time
 import traceback
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import seed_everything
 from safetensors.torch import load_model, save_model
 
 from vlm_lab import build, schema
-from vlm_lab.callbacks import BadRecords, Contract, Meter
+from vlm_lab.callbacks import BadRecords, Checkpoints, Contract, Meter, Preempted, Pulse, latest
 from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
-from vlm_lab.model import freeze
+from vlm_lab.failures import advice, is_out_of_memory, note_failure
+from vlm_lab.model import adapt, freeze
 from vlm_lab.module import VLMTraining
-from vlm_lab.store import RECORD, Store
+from vlm_lab.store import CHECKPOINTS, INPUTS, RECORD, Store
+from vlm_lab.strategies import Consolidate
 
-FAILURE, METRICS = "failure.json", "metrics.jsonl"
+METRICS, LAYOUT = "metrics.jsonl", "layout.json"
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -40,13 +46,25 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help="the folder that --stage writes")
     args = parser.parse_args()
     quiet()
+    threading.Thread(target=end_with, args=(os.environ.get("VLM_LAB_PARENT"),), daemon=True).start()
     try:
         fit(args.run, args.stage, args.into)
     except Exception as error:
-        traceback.print_exc()
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        (args.run / FAILURE).write_text(json.dumps({"rank": RANK, "reason": reason}))
-        sys.exit(1)
+        if not isinstance(error, Preempted):
+            traceback.print_exc()
+        note_failure(args.run, RANK, error)
+        sys.exit(128 + 15 if isinstance(error, Preempted) else 1)  # as a process that SIGTERM ends
+
+
+def end_with(parent: str | None) -> None:
+    """When the parent process, which holds the stage's lock, was killed: save and end, as on SIGTERM."""
+    while parent is not None:
+        time.sleep(1)
+        try:
+            os.kill(int(parent), 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def fit(run: Path, stage: str | None = None, into: Path | None = None) -> None:
@@ -73,41 +91,75 @@ class Worker:
 
     def train_missing(self) -> None:
         """Every stage in order, from the store where it is there; links and learning curves into the run folder."""
+        inputs = json.loads((self.run / INPUTS).read_text())
         for name, key in self.keys.items():
-            if self.store.obtain(key, partial(self.train, name)):
+            if self.store.obtain(key, partial(self.train, name), inputs[name]):
                 console.print(f"stage [bold]{name}[/]: reused from {self.store.path(key)}")
             link(self.run / "stages" / name, self.store.path(key))
         curves = [(self.store.path(key) / METRICS).read_text() for key in self.keys.values()]
         (self.run / METRICS).write_text("".join(curves))  # those of reused stages too
 
     def train(self, name: str, folder: Path) -> None:
-        """Build, load what the stage before left, freeze, train, and write the weights to `folder`."""
+        """Build, load what the stage before left, freeze, train or continue, and write plain weights to `folder`."""
         config, stage = self.config, self.config.stages[name]
         seed_everything(config.seed, verbose=False)
         vlm, tokenizer = build.vlm(config), build.tokenizer(config)
         before = list(self.keys)[: list(self.keys).index(name)]
         if before:
             load_model(vlm, self.store.path(self.keys[before[-1]]) / "model.safetensors")
-        process = build.processor(config, vlm, tokenizer, stage.max_tokens, stage.tiling)
+        process = build.processor(config, vlm, tokenizer, stage)
         loader = build.loader(config, stage, process, RANK, WORLD)
-        module = VLMTraining(vlm, stage, loader.steps)
-        rows = freeze.trainability(vlm, stage.train)
+        zero3 = config.trainer.strategy.startswith("zero3")
+        module = VLMTraining(vlm, stage, loader.steps, zero3 if config.trainer.gradient_checkpointing else None)
+        rows = freeze.trainability(vlm, module.table)
         if RANK == 0:
             show_trainability(name, rows)
         steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in before)
-        meter = Meter(name, self.run / METRICS, self.logger, steps_before)
+        meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
-        trainer = build.trainer(config, stage, loader, [meter, bad, Contract()])
-        if trainer.world_size != config.trainer.devices or trainer.world_size != WORLD:
-            raise RuntimeError(f"trainer.devices = {config.trainer.devices}, but {WORLD} processes run")
-        trainer.fit(module, loader)
+        self.continue_or_start(name, module, loader, folder, [meter, bad])
         if RANK == 0:
+            adapt.merge(vlm)
             save_model(vlm, str(folder / "model.safetensors"))
             tokenizer.save_pretrained(folder / "tokenizer")
-            (folder / METRICS).write_text("".join(meter.lines))
-            record = {**meter.summary(), "steps": loader.steps, "world_size": WORLD, "peak_gib": peak_gib()}
-            record |= {"bad_records": len(bad.seen), "trainable": [row.as_dict() for row in rows]}
+            record = {"stage": name, **meter.summary(), "steps": loader.steps, "world_size": WORLD}
+            record |= {"peak_gib": peak_gib(), "bad_records": len(bad.seen)}
+            record |= {"trainable": [row.as_dict() for row in rows]}
             (folder / RECORD).write_text(json.dumps(record, indent=1))
+
+    def continue_or_start(self, name: str, module: VLMTraining, loader: Any, folder: Path, counters: list[Any]) -> None:
+        """Trainer.fit, from the newest checkpoint in `folder` if there is one."""
+        options, checkpoints = self.config.trainer, folder / CHECKPOINTS
+        saver = Checkpoints(checkpoints, options.checkpoint_every, options.checkpoint_keep)
+        callbacks = [*counters, Pulse(self.run, name, RANK), Contract(), saver, Consolidate()]
+        trainer = build.trainer(self.config, module.stage, loader, callbacks)
+        if trainer.world_size != options.devices or trainer.world_size != WORLD:
+            raise RuntimeError(f"trainer.devices = {options.devices}, but {WORLD} processes run")
+        torch.manual_seed(self.config.seed + RANK)  # dropout and noise differ between processes
+        same_layout(checkpoints, {"processes": WORLD, "rows per step": loader.parts, "strategy": options.strategy})
+        try:
+            trainer.fit(module, loader, ckpt_path=latest(checkpoints), weights_only=True)
+        except Exception as error:
+            if is_out_of_memory(error):
+                error.add_note(advice(self.config, name))
+            raise
+
+
+def same_layout(checkpoints: Path, layout: dict[str, Any]) -> None:
+    """Note how the stage is laid out over processes. ValueError if its checkpoints were made under another layout."""
+    path = checkpoints / LAYOUT
+    if latest(checkpoints) is None:
+        if RANK == 0:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(layout))
+        return
+    found = json.loads(path.read_text())
+    changed = [f"{what} {found[what]}, now {value}" for what, value in layout.items() if found[what] != value]
+    if changed:
+        raise ValueError(
+            f"the unfinished stage in {checkpoints.parent} had {'; '.join(changed)}: "
+            "use the same trainer settings and micro_batch again, or delete the folder to start the stage over"
+        )
 
 
 def link(place: Path, target: Path) -> None:

@@ -1,25 +1,32 @@
 """The parent process: run folder, stage keys, child processes, result.json. Imports no torch.
 
 One device: one child (vlm_lab.fit) trains the run's missing stages in order and evaluates, so start-up is paid once.
-Several: one torchrun tree per stage, so that no process group outlives its stage, then one child that evaluates.
+Several, or ZeRO: one torchrun tree per stage, so that no process group outlives its stage, then one child that
+evaluates. SIGTERM is passed on to the children, which save a checkpoint and end.
 """
 
 import importlib.metadata
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_lab import build, schema
 from vlm_lab.console import console
+from vlm_lab.pulses import last_signs
 from vlm_lab.schema import Config
-from vlm_lab.store import Store, hash_of, stage_keys
+from vlm_lab.store import INPUTS, Store, hash_of, stage_inputs
 
-FAILURE, RESULT, EVALUATION = "failure.json", "result.json", "evaluation.json"
+FAILURE, RESULT, EVALUATION, LOG = "failure.json", "result.json", "evaluation.json", "log.txt"
 PACKAGES = ("torch", "transformers", "timm", "lightning", "hydra-core")
 
 
@@ -30,13 +37,15 @@ class RunFailed(RuntimeError):
 def launch(config: Config) -> float:
     """Train every stage, evaluate, write result.json. Returns the mean accuracy over tasks with the real image."""
     started, run = time.time(), run_folder(config)
-    keys = stage_keys(config, build.fingerprints(config))
+    inputs = stage_inputs(config, build.fingerprints(config))
+    keys = {name: hash_of(value) for name, value in inputs.items()}
     store = Store(Path(config.output) / "store")
     reused = [name for name, key in keys.items() if store.has(key)]
-    prepare(run, config, keys)
-    console.print(f"run [bold]{run}[/]")
+    prepare(run, config, inputs)
+    if config.ablation is None:  # a sweep has a table of its own
+        console.print(f"run [bold]{run}[/]")
     try:
-        train_and_evaluate(config, run, keys, store)
+        train_and_evaluate(config, run, inputs, store)
     except subprocess.CalledProcessError as error:
         reason = failure(run, error)
         write_result(run, config, {"status": "failed", "reason": reason, "wall_s": time.time() - started})
@@ -45,60 +54,93 @@ def launch(config: Config) -> float:
     metrics = json.loads((run / EVALUATION).read_text())["metrics"]
     body = {"status": "ok", "metrics": metrics, "stages": stages, "wall_s": time.time() - started}
     write_result(run, config, body)
-    console.print(f"results: {run / RESULT}")
+    if config.ablation is None:
+        console.print(f"results: {run / RESULT}")
     return metrics["eval/avg"]
 
 
 def run_folder(config: Config) -> Path:
-    """The same command gives the same folder: the label, and a hash of everything but where outputs go."""
-    settings = config.model_dump(exclude={"output", "logger"})
+    """The same command gives the same folder: the label, and a hash of everything but where outputs go.
+
+    Of a sweep only its name and the arm count, in the label: more seeds or another claim leave finished runs alone.
+    """
+    settings = config.model_dump(exclude={"output", "logger", "ablation"})
     return Path(config.output) / "runs" / f"{config.name}-{hash_of(settings)[:8]}"
 
 
-def prepare(run: Path, config: Config, keys: dict[str, str]) -> None:
+def prepare(run: Path, config: Config, inputs: dict[str, dict[str, Any]]) -> None:
+    """The run folder with its configuration, its stages' keys and what they hash; nothing of an earlier try."""
     run.mkdir(parents=True, exist_ok=True)
-    for stale in (FAILURE, RESULT, EVALUATION, "metrics.jsonl", "bad_records.jsonl"):
+    for stale in (FAILURE, RESULT, EVALUATION, LOG, "metrics.jsonl", "bad_records.jsonl"):
         (run / stale).unlink(missing_ok=True)
+    shutil.rmtree(run / "ranks", ignore_errors=True)
     schema.dump(config, run / "config.yaml")
-    (run / "stages.json").write_text(json.dumps(keys, indent=1))
+    (run / INPUTS).write_text(json.dumps(inputs, indent=1))
+    (run / "stages.json").write_text(json.dumps({name: hash_of(value) for name, value in inputs.items()}, indent=1))
 
 
-def train_and_evaluate(config: Config, run: Path, keys: dict[str, str], store: Store) -> None:
-    if config.trainer.devices == 1:
-        child("vlm_lab.fit", run)
+def train_and_evaluate(config: Config, run: Path, inputs: dict[str, dict[str, Any]], store: Store) -> None:
+    log = run / LOG if config.ablation is not None else None
+    if config.trainer.devices == 1 and not config.trainer.strategy.startswith("zero"):
+        child("vlm_lab.fit", run, log=log)
         return
-    for name, key in keys.items():
-        store.obtain(key, partial(tree, config, run, name))
-    child("vlm_lab.fit", run)  # every stage is in the store now: this links them and evaluates
+    for name, value in inputs.items():
+        store.obtain(hash_of(value), partial(tree, config, run, name, log), value)
+    child("vlm_lab.fit", run, log=log)  # every stage is in the store now: this links them and evaluates
 
 
-def child(module: str, *args: str | Path) -> None:
-    """Run a module of this package, wherever the user stands. CalledProcessError if it fails."""
+def child(module: str, *args: str | Path, log: Path | None = None) -> None:
+    """Run a module of this package, wherever the user stands; its output to the terminal, or appended to `log`.
+
+    CalledProcessError if it fails.
+    """
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", module, *map(str, args)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})
+    with nullcontext() if log is None else log.open("a") as out:
+        error = None if log is None else subprocess.STDOUT
+        env = {**os.environ, "PYTHONPATH": path, "VLM_LAB_PARENT": str(os.getpid())}
+        with subprocess.Popen(command, env=env, stdout=out, stderr=error) as process, sigterm_to(process):
+            code = process.wait()
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
-def tree(config: Config, run: Path, stage: str, folder: Path) -> None:
+@contextmanager
+def sigterm_to(process: subprocess.Popen) -> Iterator[None]:
+    """While the context lasts, SIGTERM goes to `process` instead (in the main thread; others get no signals)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def tree(config: Config, run: Path, stage: str, log: Path | None, folder: Path) -> None:
     """One torchrun tree that trains `stage` into `folder`."""
     torchrun = ("torch.distributed.run", "--standalone", f"--nproc-per-node={config.trainer.devices}")
-    child(*torchrun, "-m", "vlm_lab.fit", run, "--stage", stage, "--into", folder)
+    child(*torchrun, "-m", "vlm_lab.fit", run, "--stage", stage, "--into", folder, log=log)
 
 
 def failure(run: Path, error: subprocess.CalledProcessError) -> str:
     """Why a child failed: what it wrote, or the signal that killed it."""
     if (run / FAILURE).is_file():
         return json.loads((run / FAILURE).read_text())["reason"]
+    signs = f"; {found}" if (found := last_signs(run)) else ""
     if error.returncode < 0:
         hint = " (out of memory?)" if error.returncode == -9 else ""
-        return f"the training process was killed by signal {-error.returncode}{hint}"
-    return f"the training process ended with exit code {error.returncode}"
+        return f"the training process was killed by signal {-error.returncode}{hint}{signs}"
+    return f"the training process ended with exit code {error.returncode}{signs}"
 
 
 def write_result(run: Path, config: Config, body: dict[str, Any]) -> None:
     """result.json: what every report reads. Written last, by one rename."""
     common = {
         "name": config.name,
+        "sweep": config.ablation and config.ablation.name,
+        "arm": config.ablation and config.ablation.arm,
         "seed": config.seed,
         "config_hash": hash_of(config.model_dump()),
         "git": git_state(),

@@ -5,13 +5,17 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlm_lab.batch import Batch
-from vlm_lab.model import freeze
+from vlm_lab.model import adapt, freeze
+from vlm_lab.model.checkpointing import checkpoint_activations, keep_checkpointing
+from vlm_lab.model.neftune import neftune
 from vlm_lab.model.vlm import VLM
 from vlm_lab.schema import Stage
 
@@ -20,25 +24,42 @@ class VLMTraining(LightningModule):
     """Trains `vlm` as `stage` says for `steps` optimizer steps.
 
     The gradient of a step is that of (sum of cross-entropy) / (answer tokens), both over all rows and all processes, so
-    neither accumulation nor packing nor the number of GPUs changes what is learnt.
+    neither accumulation nor packing nor the number of GPUs changes what is learnt. A checkpoint holds what trains;
+    frozen weights come from the stage before. `checkpointing`: gradient checkpointing; None is off, else `reentrant`.
     """
 
-    def __init__(self, vlm: VLM, stage: Stage, steps: int) -> None:
+    def __init__(self, vlm: VLM, stage: Stage, steps: int, checkpointing: bool | None = None) -> None:
         super().__init__()
-        self.vlm, self.stage, self.steps = vlm, stage, steps
-        freeze.apply(vlm, stage.train)
+        self.vlm, self.stage, self.steps, self.checkpointing = vlm, stage, steps, checkpointing
+        self.strict_loading = False
+        self.table = freeze.resolve(vlm, rules(stage))
+        adapt.inject(vlm, self.table)
+        freeze.apply(vlm, self.table)
+        if checkpointing is not None:
+            checkpoint_activations(vlm, checkpointing)
+        self.noise: Any = None  # NEFTune's handle
         self.total = torch.zeros(())  # answer tokens of the current step, over all processes
         self.step_loss = torch.zeros(())  # this process's share of the current step's loss
+        self.step_ids: list[str] = []  # this process's samples of the current step
+        self.grad_norm: float | None = None  # of the last step, before clipping
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_start(self) -> None:
         freeze.train_mode(self.vlm)
+        if self.checkpointing is not None:
+            keep_checkpointing(self.vlm)
+        if self.stage.neftune is not None:
+            self.noise = neftune(self.vlm.llm, self.stage.neftune)
+
+    def on_train_end(self) -> None:
+        if self.noise is not None:
+            self.noise.remove()
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         if batch.part == 0:
-            self.total = self.sum_over_processes(torch.tensor(float(batch.num_answers), device=self.device)).clamp(
-                min=1
-            )
-            self.step_loss = torch.zeros((), device=self.device)
+            answers = torch.tensor(float(batch.num_answers), device=self.device)
+            self.total = self.sum_over_processes(answers).clamp(min=1)
+            self.step_loss, self.step_ids = torch.zeros((), device=self.device), []
+        self.step_ids += batch.ids
         loss = self.vlm(batch) / self.total
         self.step_loss += loss.detach()
         return loss * batch.parts * self.trainer.world_size  # undoes Lightning's 1 / parts and the mean over processes
@@ -50,11 +71,74 @@ class VLMTraining(LightningModule):
         """Mean cross-entropy per answer token of the step that just ended; call it on every process."""
         return float(self.sum_over_processes(self.step_loss.clone()))
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip by norm, remember it, and stop before a step on a gradient that is not finite."""
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not trained:  # DeepSpeed holds the gradients, clips them itself, and is asked afterwards
+            return
+        norm = get_total_norm([p.grad for p in trained])
+        self.grad_norm = float(norm)
+        scaled = self.trainer.precision == "16-mixed"  # there, infinite gradients only mean: try a smaller scale
+        if not math.isfinite(self.grad_norm) and not (scaled and math.isfinite(self.loss_of_step())):
+            self.stop_at_nonfinite()
+        if gradient_clip_val:
+            clip_grads_with_norm_(trained, gradient_clip_val, norm)
+
+    def stop_at_nonfinite(self) -> None:
+        """Raise FloatingPointError naming step and samples: those of the processes whose own loss is not finite."""
+        mine = (bool(torch.isfinite(self.step_loss)), self.step_ids)
+        found: list[Any] = [mine]
+        if self.trainer.world_size > 1:
+            found = [None] * self.trainer.world_size
+            dist.all_gather_object(found, mine)
+        guilty = [ids for finite, ids in found if not finite] or [ids for _, ids in found]
+        names = ", ".join(name for ids in guilty for name in ids)
+        step, what = self.trainer.global_step + 1, "gradient" if all(finite for finite, _ in found) else "loss"
+        raise FloatingPointError(f"{what} of step {step} is not finite; its samples: {names}")
+
     def configure_optimizers(self) -> Any:
-        groups = freeze.param_groups(self.vlm, self.stage.train, self.stage.weight_decay)
-        optimizer = AdamW(groups, betas=(0.9, self.stage.beta2), fused=True)
-        factor = partial(SCHEDULES[self.stage.schedule], steps=self.steps, warmup=round(self.stage.warmup * self.steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+        groups = freeze.param_groups(self.vlm, self.table)
+        optimizer = make_optimizer(self.stage, groups)
+        schedule = SCHEDULES[self.stage.schedule]
+        factors: list[Any] = [
+            partial(schedule, steps=self.steps, warmup=round(g["warmup"] * self.steps)) for g in groups
+        ]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factors), "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        kept = trained | {name for name, _ in self.named_buffers()}
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+
+
+def rules(stage: Stage) -> freeze.Table:
+    """The stage's table with nothing left open: its own decay and warmup where a rule has none, alpha = 2 * rank."""
+    table: freeze.Table = {}
+    for path, rule in stage.train.items():
+        if rule is None:
+            table[path] = None
+            continue
+        defaults = {"weight_decay": stage.weight_decay, "warmup": stage.warmup, "alpha": 2.0 * rule.rank}
+        given = {name: value for name, value in dict(rule).items() if value is not None}
+        table[path] = freeze.Rule(**{**defaults, **given})
+    return table
+
+
+def make_optimizer(stage: Stage, groups: list[dict[str, Any]]) -> Optimizer:
+    """AdamW, or bitsandbytes' optimizers with 8-bit states. Lion (Chen et al. 2023) has its paper's betas."""
+    if stage.optimizer == "adamw":
+        return AdamW(groups, betas=(0.9, stage.beta2), fused=True)
+    from bitsandbytes import optim
+
+    if stage.optimizer == "lion8bit":
+        return optim.Lion8bit(groups, betas=(0.9, 0.99))
+    kind = optim.AdamW8bit if stage.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    return kind(groups, betas=(0.9, stage.beta2))
 
 
 def constant(step: int, steps: int, warmup: int) -> float:

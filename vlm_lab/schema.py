@@ -16,10 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
-from vlm_lab.compat import check_parts
+from vlm_lab.ablation import Ablation
+from vlm_lab.compat import check_parts, check_videos
 from vlm_lab.components import Node, bind
 
 IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
+Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
 class Strict(BaseModel):
@@ -53,7 +55,8 @@ class Rule(Strict):
 
     @model_serializer(mode="wrap")
     def to_number(self, dump: SerializerFunctionWrapHandler) -> Any:
-        return self.lr if self.model_fields_set == {"lr"} else dump(self)
+        given = {name: value for name, value in dump(self).items() if name in self.model_fields_set}
+        return self.lr if given.keys() == {"lr"} else given
 
 
 class Stage(Strict):
@@ -69,11 +72,12 @@ class Stage(Strict):
     warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
     weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
     optimizer: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"], IDENTITY] = "adamw"
-    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # of the optimizer
+    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
     neftune: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # alpha of the noise on the LLM's input
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
     max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
     tiling: Annotated[Node | None, IDENTITY] = None  # of this stage, where it is not the run's
+    chat: Annotated[str | None, IDENTITY] = None  # template of this stage, where it is not the LLM's
 
     @model_validator(mode="after")
     def one_length(self) -> Stage:
@@ -101,9 +105,13 @@ class Data(Strict):
 class Trainer(Strict):
     accelerator: Annotated[Literal["cpu", "gpu"], PERFORMANCE]
     devices: Annotated[int, PERFORMANCE] = Field(1, gt=0)
-    strategy: Annotated[str, PERFORMANCE] = "auto"
+    strategy: Annotated[Strategy, PERFORMANCE] = "auto"
     precision: Annotated[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"], IDENTITY]
     num_workers: Annotated[int, PERFORMANCE] = Field(0, ge=0)
+    gradient_checkpointing: Annotated[bool, PERFORMANCE] = False
+    checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
+    checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
+    timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
 
 
 class Eval(Strict):
@@ -127,6 +135,7 @@ class Config(Strict):
     trainer: Annotated[Trainer, IDENTITY]
     logger: Annotated[Node, COSMETIC]
     eval: Annotated[Eval, COSMETIC]
+    ablation: Annotated[Ablation | None, COSMETIC] = None  # the sweep that this run is an arm of
 
 
 def register_resolvers() -> None:
@@ -147,6 +156,7 @@ def check(cfg: DictConfig, choices: dict[str, Any] | None = None) -> Config:
     for name, stage in config.stages.items():
         check_stage(name, stage, config)
     check_paths(config)
+    check_tilings(config)
     return config
 
 
@@ -161,6 +171,8 @@ def dump(config: Config, path: Path) -> None:
 
 
 def label(tree: Node, choices: dict[str, Any]) -> str:
+    if (sweep := tree.get("ablation")) and sweep.get("arm"):
+        return f"{sweep['name']}-{sweep['arm']}-s{tree['seed']}"
     parts = ["+".join(tree["encoder"]), *(choices.get(group, "") for group in ("connector", "llm", "data"))]
     return "-".join(filter(None, parts))
 
@@ -188,9 +200,30 @@ def check_stage(name: str, stage: Stage, config: Config) -> None:
         if head not in ("encoder", "connector", "llm") or (head == "encoder" and part and part not in config.encoder):
             options = ["connector", "llm", "encoder", *(f"encoder.{e}" for e in config.encoder)]
             raise ValueError(f"stages.{name}.train.{path}: no such module; there are {', '.join(options)}")
+    check_sharding(name, stage, config.trainer)
     processes = config.trainer.devices
     if stage.batch % processes:
         raise ValueError(f"stages.{name}.batch = {stage.batch} is not a multiple of trainer.devices = {processes}")
+
+
+def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
+    """ZeRO shards plain weights and the states of PyTorch's optimizers only."""
+    if not trainer.strategy.startswith("zero"):
+        return
+    four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
+    if four_bit:
+        raise ValueError(f"stages.{name}.train.{four_bit[0]}.adapt = qlora needs trainer=gpu, cpu or ddp, not ZeRO")
+    if stage.optimizer != "adamw":
+        raise ValueError(f"stages.{name}.optimizer = {stage.optimizer} needs trainer=gpu, cpu or ddp, not ZeRO")
+
+
+def check_tilings(config: Config) -> None:
+    """What a stage or a task reads, its tiling has a rule for."""
+    for name, task in config.data.tasks.items():
+        check_videos(f"data.tasks.{name}", task, config.tiling)
+    for name, stage in config.stages.items():
+        for source in config.data.mixtures[stage.mixture]:
+            check_videos(f"stages.{name}: data.sources.{source}", config.data.sources[source], stage.tiling or config.tiling)
 
 
 def check_paths(config: Config) -> None:

@@ -1,0 +1,66 @@
+"""Stage keys: the hash of everything that determines a stage's weights. No torch in here: the parent computes them."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from vlm_lab.schema import IDENTITY, Config
+
+PACKAGE = Path(__file__).parent.parent
+CODE = ("batch.py", "build.py", "fit.py", "module.py", "strategies.py", "data/**/*.py", "model/**/*.py")
+
+
+def stage_keys(config: Config, fingerprints: dict[str, str]) -> dict[str, str]:
+    """{stage: key} in order. A key covers parts, stage, data, precision, seed, code, and all earlier stages."""
+    return {name: hash_of(inputs) for name, inputs in stage_inputs(config, fingerprints).items()}
+
+
+def stage_inputs(config: Config, fingerprints: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """{stage: what its key is the hash of} in order."""
+    inputs: dict[str, dict[str, Any]] = {}
+    before = None
+    for name in config.stages:
+        inputs[name] = {"before": before, "code": code(), **stage_identity(config, name, fingerprints)}
+        before = hash_of(inputs[name])
+    return inputs
+
+
+def stage_identity(config: Config, name: str, fingerprints: dict[str, str]) -> dict[str, Any]:
+    stage, fields = config.stages[name], identity(config)
+    weights = config.data.mixtures[stage.mixture]
+    used = fingerprints if config.llm["tokenizer"] is None else weights  # a trained tokenizer has seen every source
+    parts = {key: fields[key] for key in ("seed", "encoder", "connector", "llm", "tiling", "trainer")}
+    data = {key: getattr(config.data, key) for key in ("holdout", "shuffle_turns")}
+    data |= {"weights": weights, "sources": {s: fingerprints[s] for s in sorted(used)}}
+    return {**parts, "stage": identity(stage), "data": data}
+
+
+def identity(model: BaseModel) -> dict[str, Any]:
+    """The fields of kind IDENTITY, recursively, as plain data."""
+    out: dict[str, Any] = {}
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        if IDENTITY in info.metadata:
+            out[name] = identity(value) if isinstance(value, BaseModel) else plain(value)
+    return out
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@cache
+def code() -> dict[str, str]:
+    """{file: hash} of the source that weights depend on."""
+    files = sorted({path for pattern in CODE for path in PACKAGE.glob(pattern)})
+    return {str(path.relative_to(PACKAGE)): hash_of(path.read_text()) for path in files}
+
+
+def hash_of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
