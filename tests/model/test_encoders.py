@@ -172,6 +172,22 @@ def test_native_ratios_and_side_exclude_each_other() -> None:
         native_features(TimmEncoder(NAME, None, -1, **TINY, side=3), PIXELS, torch.full((2, 2), 32))
 
 
+@pytest.mark.parametrize("kind", ["native", "naflex", "hf"])
+def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
+    """Recomputed activations give the same gradients, where timm or transformers alone would not do it too."""
+    encoder: Encoder = HFEncoder("dinov2", None, shape={**HF, "patch_size": 8})
+    if kind != "hf":
+        encoder = TimmEncoder(NAFLEX if kind == "naflex" else NAME, None, **TINY)
+    sizes, found = torch.tensor([[32, 16], [24, 32]]), []
+    for enable in (False, True):
+        (encoder if kind == "hf" else encoder.model).set_grad_checkpointing(enable)
+        encoder.zero_grad()
+        features = encoder(PIXELS) if kind == "hf" else native_features(encoder, PIXELS, sizes)
+        features.tokens.square().sum().backward()
+        found.append([p.grad.clone() for p in encoder.parameters()])
+    assert max(max_difference(a, b) / float(a.abs().max()) for a, b in zip(*found, strict=True)) <= 1e-5
+
+
 # ---- several at once
 
 
@@ -196,6 +212,8 @@ def test_four_encoders_train_together(connector: str, chat: Chat) -> None:
     [
         ({"name": "vit_enormous"}, "vit_enormous: timm has no such model"),
         ({"image_size": 7}, "image_size 7 is smaller than patch_size 8"),
+        ({"heads": 3}, "width 16 is not a multiple of heads 3"),
+        ({"options": {"mlp_ration": 2}}, "unexpected keyword argument 'mlp_ration'"),
         ({"layer": 3}, "layer 3 is outside its 3 layers"),
         ({"layer": [0, -4]}, "layer -4 is outside its 3 layers"),
         ({"layer": []}, "names no layer"),

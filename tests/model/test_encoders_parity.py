@@ -21,11 +21,17 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
+    SamVisionConfig,
+    SamVisionModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from vlm_lab.model.encoders import Encoder, HFEncoder, TimmEncoder
@@ -34,14 +40,21 @@ from vlm_lab.model.native import native_features
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 TINY = {"image_size": 32, "patch_size": 8, "width": 32, "depth": 3, "heads": 4}
 PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-RENAMED = {  # transformers' names, of all four families, to timm's
-    r"^encoder\.layers?\.": "blocks.",
+RENAMED = {  # transformers' names, of all families, to timm's; in this order
+    r"^(vision_encoder|model)\.": "",
+    r"^(encoder\.)?layers?\.": "blocks.",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    **{f"^neck\\.{part}": f"neck.{i}" for i, part in enumerate(("conv1", "layer_norm1", "conv2", "layer_norm2"))},
     r"layer_norm(\d)": r"norm\1",
     r"(self_attn|attention)\.(out|o)_proj": "attn.proj",
     r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    r"mlp\.(up_proj|lin1)": "mlp.fc1",
+    r"mlp\.(down_proj|lin2)": "mlp.fc2",
     r"^(post_layernorm|layernorm)": "norm",
     r"^pre_layrnorm": "norm_pre",
-    r"^embeddings\.(patch_embedding|patch_embeddings\.projection)\.": "patch_embed.proj.",
+    r"^(embeddings\.)?(patch_embeddings?|patch_embed)(\.projection)?\.(?=weight|bias)": "patch_embed.proj.",
+    r"^embeddings\.register_tokens": "reg_token",
     r"^embeddings\.(cls_token|class_embedding)": "cls_token",
     r"^embeddings\.(position_embeddings|position_embedding\.weight)": "pos_embed",
 }
@@ -66,16 +79,19 @@ def as_timm(state: dict[str, Tensor]) -> dict[str, Tensor]:
         new = name
         for pattern, replacement in RENAMED.items():
             new = re.sub(pattern, replacement, new)
-        out[new] = value.reshape(1, -1, 32) if new in ("pos_embed", "cls_token") else value
+        out[new] = value.reshape(1, -1, 32) if new in ("pos_embed", "cls_token") and value.ndim < 4 else value
     return {name: value for name, value in out.items() if not name.startswith("head.") and "mask_token" not in name}
 
 
-def timm_encoder(name: str, theirs: PreTrainedModel, layer: int, **settings: object) -> TimmEncoder:
+def timm_encoder(name: str, theirs: PreTrainedModel, layer: int | list[int], **settings: object) -> TimmEncoder:
     """The timm model with transformers' weights; strict, but for the blocks and the norm that were dropped."""
     encoder = TimmEncoder(name, None, layer, **{**TINY, **settings}).eval()
-    result = encoder.model.load_state_dict(as_timm(theirs.state_dict()), strict=False)
+    state = as_timm(theirs.state_dict())
+    if "blocks.0.gamma_1" in encoder.model.state_dict():  # layer scale has another name in timm's class of EVA
+        state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): value for key, value in state.items()}
+    result = encoder.model.load_state_dict(state, strict=False)
     assert result.missing_keys == []
-    assert all(key.startswith(("norm.", "blocks.2.")) for key in result.unexpected_keys)
+    assert all(key.startswith(("norm.", "neck.", "blocks.2.")) for key in result.unexpected_keys)
     assert len(result.unexpected_keys) == 0 or layer != -1
     return encoder
 
@@ -107,6 +123,38 @@ def test_dinov2(layer: int) -> None:
     theirs = randomised(Dinov2Model(Dinov2Config(**SHAPE, image_size=32, patch_size=8)))
     ours = timm_encoder("vit_large_patch14_dinov2.lvd142m", theirs, layer)
     assert max_difference(ours(PIXELS).tokens, hidden(theirs, ours, layer, 1)) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_vit(layer: int) -> None:
+    """The supervised one; MAE's and I-JEPA's encoders are the same class."""
+    theirs = randomised(ViTModel(ViTConfig(**SHAPE, image_size=32, patch_size=8, layer_norm_eps=1e-6), False))
+    ours = timm_encoder("vit_large_patch16_224.augreg_in21k", theirs, layer)
+    assert max_difference(ours(PIXELS).tokens, hidden(theirs, ours, layer, 1)) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_dinov3(layer: int) -> None:
+    """Rotary positions and four register tokens. timm leaves out the biases of q and v, which are zero as published."""
+    config = DINOv3ViTConfig(
+        **SHAPE, image_size=32, patch_size=8, num_register_tokens=4, query_bias=False, value_bias=False
+    )
+    theirs = randomised(DINOv3ViTModel(config))
+    ours = timm_encoder("vit_large_patch16_dinov3.lvd1689m", theirs, layer)
+    assert max_difference(ours(PIXELS).tokens, hidden(theirs, ours, layer, 5)) <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [-1, [-1], -2])
+def test_sam(layer: int | list[int]) -> None:
+    """Windows, global blocks, relative positions; with its neck (-1), without ([-1]), and one block earlier."""
+    shape = {**SHAPE, "mlp_dim": 128, "output_channels": 256, "window_size": 2, "global_attn_indexes": [1]}
+    theirs = randomised(SamVisionModel(SamVisionConfig(**shape, image_size=32, patch_size=8)))
+    options = {"window_size": 2, "global_attn_indexes": [1]}
+    ours = timm_encoder("samvit_large_patch16.sa1b", theirs, layer, options=options)
+    output = theirs(ours.normalised(PIXELS), output_hidden_states=True)
+    tokens = output.hidden_states[layer if isinstance(layer, int) else -1].flatten(1, 2)  # from [V, h, w, C]
+    expected = output.last_hidden_state.flatten(2).transpose(1, 2) if layer == -1 else tokens
+    assert max_difference(ours(PIXELS).tokens, expected) <= 1e-5
 
 
 SIZES = torch.tensor([[32, 16], [24, 32], [8, 40]])  # height, width of three views in one batch

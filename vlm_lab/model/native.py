@@ -11,6 +11,7 @@ packing of several views into one sequence.
 from typing import Any
 
 import torch
+from timm.models import checkpoint
 from timm.models.naflexvit import NaFlexVit, batch_patchify
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -45,7 +46,7 @@ def learned_layers(encoder: Any, images: Tensor, real: Tensor, grid: Grid) -> li
     keys = torch.cat([mask.new_ones(len(mask), prefix), mask], dim=1)[:, None, None]  # [V, 1, 1, prefix + N]
     layers = []
     for index, block in enumerate(model.blocks):
-        x = block(x, attn_mask=keys)
+        x = checkpoint(block, x, attn_mask=keys) if model.grad_checkpointing else block(x, attn_mask=keys)
         if index in encoder.layers:
             layers.append((model.norm(x) if encoder.norm else x)[:, prefix:])
     return layers

@@ -66,6 +66,10 @@ class HFEncoder(Encoder):
         tokens = self.tokens(self.normalised(pixels))  # [V, prefix + N, C]
         return FeatureMap(tokens[:, -self.grid[0] * self.grid[1] :], self.grid)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """timm's name for it, so that checkpointing.py need not know whose model this is."""
+        (self.model.gradient_checkpointing_enable if enable else self.model.gradient_checkpointing_disable)()
+
     def tokens(self, images: Tensor) -> Tensor:
         """Normalised images -> what the layers in use give, [V, prefix + N, C]."""
         resample = {"interpolate_pos_encoding": True} if resamples(self.model) else {}

@@ -47,9 +47,10 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """[h * w, width] in row-major order: sin x, cos x, sin y, cos y, a quarter each (MoCo v3, arXiv 2104.02057)."""
     if width % 4:
         raise ValueError(f"width {width}: sine-cosine positions need a multiple of 4")
-    omega = 10000.0 ** -torch.linspace(0, 1, width // 4)  # w^(-k / (width/4 - 1)), k = 0 .. width/4 - 1
+    quarter = width // 4
+    omega = 10000.0 ** -(torch.arange(quarter) / (quarter - 1))
     y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    by_x, by_y = (axis.flatten()[:, None] * omega for axis in (x, y))  # [h * w, width / 4]
+    by_x, by_y = (axis.flatten()[:, None] * omega for axis in (x, y))  # [h * w, quarter]
     return torch.cat([by_x.sin(), by_x.cos(), by_y.sin(), by_y.cos()], dim=1)
 
 

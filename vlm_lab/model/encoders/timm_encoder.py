@@ -53,6 +53,8 @@ class TimmEncoder(Encoder):
         self.image_size = image_size or config.input_size[-1]
         if patch_size and self.image_size < patch_size:
             raise ValueError(f"encoder {name}: image_size {self.image_size} is smaller than patch_size {patch_size}")
+        if width and heads and width % heads:
+            raise ValueError(f"encoder {name}: width {width} is not a multiple of heads {heads}")
         shape = {"patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads, **(options or {})}
         if config.fixed_input_size:
             shape["img_size"] = self.image_size
@@ -85,17 +87,20 @@ def published(name: str) -> Any:
 
 
 def create(name: str, weights: str | None, shape: dict[str, Any]) -> Any:
-    if weights is None:
-        random = timm.create_model(name, num_classes=0, **shape)
-        init_random(random)
-        return random
-    source = {} if weights == "pretrained" else {"state_dict": read(name, weights), "num_classes": 0}
+    loaded, named = weights is not None, weights in (None, "pretrained")
+    source = {} if named else {"state_dict": read(name, str(weights)), "num_classes": 0}
     try:
-        model: Any = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **shape)
+        model: Any = timm.create_model(name, pretrained=loaded, pretrained_cfg_overlay=source, num_classes=0, **shape)
+    except TypeError as error:  # an argument that this architecture does not have
+        raise ValueError(f"encoder {name}: {error}") from error
     except RuntimeError as error:  # torch lists all keys that do not fit: the first will do
+        if not loaded:
+            raise
         reason = " ".join(str(error).split("\n")[1:2] or [str(error)]).strip()
         raise ValueError(f"encoder {name}: weights = {weights} do not fit the shape {shape}: {reason}") from error
     model.pretrained_cfg.pop("state_dict", None)
+    if not loaded:
+        init_random(model)
     return model
 
 
