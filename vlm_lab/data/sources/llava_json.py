@@ -7,7 +7,7 @@
 `source` becomes `Sample.source` and `Sample.group`; other keys go to `meta`. `<image>` is placed by the rules of
 LLaVA-NeXT's train.py, `preprocess_multimodal`. Only byte offsets are kept, 24 bytes a record: a record is parsed when
 it is asked for, and a pickled reader (a DataLoader worker's) carries no text. `video` is a path or a list, marked by
-`<image>` or `<video>`, after the images if there are both. An `id` that the file repeats (LLaVA-665K does) stays repeated.
+`<image>` or `<video>`, after the images if there are both. An `id` that the file repeats stays repeated.
 """
 
 import json
@@ -21,7 +21,17 @@ from typing import Any
 import numpy as np
 
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Role, Sample, Video
-from vlm_lab.data.sources.common import Content, Unusable, answer, check_index, digest, file_hash, images_first, text
+from vlm_lab.data.sources.common import (
+    Content,
+    Unusable,
+    answer,
+    check_index,
+    digest,
+    file_below,
+    file_hash,
+    images_first,
+    text,
+)
 
 MARK, VIDEO_MARK = "<image>", "<video>"
 OWN_KEYS = ("id", "image", "video", "conversations", "source")
@@ -77,26 +87,13 @@ class LlavaJson:
         return self._file
 
     def _sample(self, record: dict[str, Any], number: int) -> Sample:
-        images = tuple(self._file_at(name, "image") for name in _names(record, "image"))
-        videos = tuple(Video(self._file_at(name, "video")) for name in _names(record, "video"))
-        shown = (*images, *videos)
+        images = tuple(file_below(self.root, text(name, "`image`"), "image") for name in _names(record, "image"))
+        videos = tuple(Video(file_below(self.root, text(name, "`video`"), "video")) for name in _names(record, "video"))
+        shown: tuple[Path | Video, ...] = (*images, *videos)
         source = text(record.get("source") or "", "`source`")
         name = str(number if record.get("id") is None else record["id"])
         meta = {key: value for key, value in record.items() if key not in OWN_KEYS}
         return Sample(name, _messages(record, len(shown)), shown, source, source, meta, str(self.path))
-
-    def _file_at(self, name: object, key: str) -> Path:
-        relative = text(name, f"`{key}`")
-        try:
-            path = Path(os.path.realpath(self.root / relative))
-            found = path.is_file()
-        except (ValueError, OSError) as error:  # a null character, a name that is too long
-            raise Unusable(f"{key} path {relative[:80]!r} cannot be used: {error}") from None
-        if not path.is_relative_to(self.root):
-            raise Unusable(f"{key} {relative} lies outside data.root = {self.root}")
-        if not found:
-            raise Unusable(f"{key} {relative} is not in data.root = {self.root}")
-        return path
 
 
 def _index(path: Path) -> np.ndarray:
