@@ -1,59 +1,21 @@
-"""Chat templates: a conversation to token ids, with the answer tokens marked and image placeholders laid out.
+"""Chat: a conversation to token ids, with the answer tokens marked and image placeholders laid out.
 
-A template is data: the text before and after each role's turn. Text between two images is tokenized in one piece, so
-the ids are those that the tokenizer gives for the whole string; which of them belong to an answer is read from the
-tokens' character offsets.
+The templates are data (vlm_lab/data/templates.py). Text between two images is tokenized in one piece, so the ids are
+those that the tokenizer gives for the whole string; which of them belong to an answer is read from the tokens'
+character offsets.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from vlm_lab.batch import IGNORE, IMAGE_TOKEN
-from vlm_lab.data.sample import ImageSlot, Message, Sample
+from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
+from vlm_lab.data.templates import TEMPLATES
 
-
-@dataclass(frozen=True)
-class Template:
-    """`start` opens a conversation; each role is (before, after); `stop` is the text that ends an answer."""
-
-    start: str
-    system: tuple[str, str]
-    user: tuple[str, str]
-    assistant: tuple[str, str]
-    stop: str
-    specials: tuple[str, ...]
-
-
-TEMPLATES = {
-    "chatml": Template(
-        start="",
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
-        assistant=("<|im_start|>assistant\n", "<|im_end|>\n"),
-        stop="<|im_end|>",
-        specials=("<|im_start|>", "<|im_end|>"),
-    ),
-    "llama3": Template(
-        start="<|begin_of_text|>",
-        system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
-        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-        assistant=("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
-        stop="<|eot_id|>",
-        specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    ),
-    "vicuna": Template(
-        start="<s>",
-        system=("", " "),
-        user=("USER: ", " "),
-        assistant=("ASSISTANT: ", "</s>"),
-        stop="</s>",
-        specials=("<s>", "</s>"),
-    ),
-}
+Part = str | ImageSlot
 
 
 @dataclass
@@ -65,16 +27,30 @@ class Encoded:
 
 
 class Chat:
-    """Renders conversations for one tokenizer. `system` is the default system prompt; empty means none."""
+    """Renders conversations for one tokenizer. `system` is the default system prompt; empty means none.
+
+    `stop` lists the ids that end an answer: the template's, and the tokenizer's own end of text where that is another.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str, system: str = "") -> None:
         if template not in TEMPLATES:
             raise ValueError(f"llm.chat = {template}: no such chat template; there are {', '.join(TEMPLATES)}")
         self.tokenizer, self.template, self.system = tokenizer, TEMPLATES[template], system
-        self.stop: list[Any] = [tokenizer.convert_tokens_to_ids(self.template.stop)]
+        if missing := [token for token in self.template.specials if token not in tokenizer.get_vocab()]:
+            raise ValueError(
+                f"chat template {template} needs {', '.join(missing)}, which the tokenizer lacks: set llm.chat to it"
+            )
+        stop = self.tokenize_text([(self.template.stop, False)])[0][-1:].tolist()
+        self.stop = [*stop, *({tokenizer.eos_token_id} - {None, *stop})]
 
     def encode(self, sample: Sample, image_tokens: Sequence[int]) -> Encoded:
-        """The whole conversation, answers as targets. `image_tokens[i]` is the number of placeholders of image i."""
+        """The whole conversation, answers as targets. `image_tokens[i]` is the number of placeholders of image i.
+
+        Raises BadRecord if the template is for captions and there is more than one exchange.
+        """
+        if self.template.caption and sum(message.role == "user" for message in sample.messages) > 1:
+            reason = "several questions, but this stage's chat template learns the caption of an image"
+            raise BadRecord(sample.where, sample.id, reason)
         ids, answers = self.tokenize(self.pieces(sample.messages), image_tokens)
         targets = np.full_like(ids, IGNORE)
         targets[:-1] = np.where(answers[1:], ids[1:], IGNORE)
@@ -88,19 +64,39 @@ class Chat:
 
     def pieces(self, messages: Sequence[Message]) -> list[tuple[str, bool] | ImageSlot]:
         """(text, is it to be learnt?) and image slots, in order. An answer ends with the template's stop text."""
-        template = self.template
-        out: list[tuple[str, bool] | ImageSlot] = [(template.start, False)]
-        if self.system and messages[0].role != "system":
-            messages = [Message("system", (self.system,)), *messages]
-        for message in messages:
-            before, after = getattr(template, message.role)
+        start = self.tokenizer.bos_token or "" if self.template.start is None else self.template.start
+        out: list[tuple[str, bool] | ImageSlot] = [(start, False)]
+        if messages[0].role == "document":  # nobody speaks: all of its text is learnt, up to the end of text
+            out += [part if isinstance(part, ImageSlot) else (part, True) for part in messages[0].content]
+            return [*out, (self.tokenizer.eos_token or self.template.stop, True)]
+        for message in self.arranged(messages):
+            before, after = getattr(self.template, message.role)
             answer = message.role == "assistant"
-            cut = len(template.stop) if answer else 0  # the stop text is learnt, what follows it is not
+            if self.template.tight and self.begins_with_image(message):
+                before = before.rstrip(" ")
+            cut = after.index(self.template.stop) + len(self.template.stop) if answer else 0  # learnt up to there
             lead = len(before.rstrip(" ")) if answer else len(before)  # the space before an answer belongs to it
             out += [(before[:lead], False), (before[lead:], answer)]
             out += [part if isinstance(part, ImageSlot) else (part, answer) for part in message.content]
             out += [(after[:cut], answer), (after[cut:], False)]
         return out
+
+    def arranged(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The turns as the template wants them: with the system prompt in its place, or images and captions alone."""
+        if self.template.caption:
+            turns = [message for message in messages if message.role != "system"]
+            return [m if m.role == "assistant" else replace(m, content=slots(m.content)) for m in turns]
+        if self.system and messages[0].role != "system":
+            messages = [Message("system", (self.system,)), *messages]
+        if not self.template.nested or messages[0].role != "system":
+            return messages
+        (before, after), (system, first, *rest) = self.template.system, messages
+        return [replace(first, content=(before, *system.content, after, *first.content)), *rest]
+
+    def begins_with_image(self, message: Message) -> bool:
+        """Whether an image comes first, special tokens that mark it aside."""
+        first = next((part for part in message.content if part not in self.template.specials), "")
+        return isinstance(first, ImageSlot)
 
     def tokenize(
         self, pieces: Sequence[tuple[str, bool] | ImageSlot], image_tokens: Sequence[int]
@@ -128,3 +124,7 @@ class Chat:
         encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
         return np.array(encoding.ids, dtype=np.int64), learnt[np.minimum(starts, len(learnt) - 1)]
+
+
+def slots(content: Sequence[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in content if isinstance(part, ImageSlot))

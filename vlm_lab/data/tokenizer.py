@@ -15,17 +15,21 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from vlm_lab.data.chat import TEMPLATES, Template
 from vlm_lab.data.sample import BadRecord, Source
+from vlm_lab.data.templates import TEMPLATES, Template
 
 TEXTS = 2000  # records per source that the vocabulary is made from
 VERSION = 1  # raise when the recipe below changes
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    """A saved tokenizer; the special tokens of `template` that it lacks are added at the end of its vocabulary."""
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
         raise ValueError(f"llm.tokenizer = {path}: only fast tokenizers are supported (answers are found by offsets)")
+    if template in TEMPLATES:
+        missing = [token for token in TEMPLATES[template].specials if token not in tokenizer.get_vocab()]
+        tokenizer.add_tokens(missing, special_tokens=True)
     return tokenizer
 
 
@@ -58,7 +62,8 @@ def train(sources: list[Source], template: Template, vocab_size: int) -> PreTrai
         show_progress=False,
     )
     tokenizer.train_from_iterator(itertools.chain.from_iterable(map(texts, sources)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token=template.stop)
+    ends = {"eos_token": template.stop} if template.stop in template.specials else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", **ends)
 
 
 def texts(source: Source) -> Iterator[str]:

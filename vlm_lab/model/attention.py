@@ -1,16 +1,18 @@
 """Attention for packed rows: many samples in one row, none sees another.
 
 Registered with transformers under the name "packed", so that any causal LM can use it. With `cu_seq_lens_q` (the
-boundaries of the samples, as flash attention's varlen functions take them) every sample is attended to on its own:
-no mask is built and no score between samples is ever computed. Without it (generation) it is transformers' own sdpa.
+boundaries of the samples, as flash attention's varlen functions take them) every sample is attended to on its own,
+neighbours of equal length in one call: no mask over the row is built and no score between samples is ever computed.
+Without it (generation) it is transformers' own sdpa. Sliding windows, soft-capped scores (Gemma 2) and attention
+sinks (gpt-oss) are honoured in both; a bias on the scores is refused.
 """
 
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -27,31 +29,89 @@ def packed_attention(
     cu_seq_lens_q: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, heads, L, d], key and value [1, kv_heads, L, d] -> [1, L, heads, d]."""
+    """query [B, heads, L, d], key and value [B, kv_heads, L, d] -> [B, L, heads, d]; B is 1 if the row is packed.
+
+    `kwargs` are what the family's attention layer passes: `scaling`, `dropout`, `sliding_window`, `softcap`, `s_aux`.
+    """
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias to the scores, which packed rows do not support"
+        )
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return whole_rows(module, query, key, value, attention_mask, **kwargs), None
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q)]
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    out = [one_sample(q, k, v, **kwargs) for q, k, v in parts]
-    return torch.cat(out, dim=2).transpose(1, 2), None  # as transformers expects it: [1, L, heads, d]
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]  # neighbours of one length, and how many
+    parts = (x[0].split([length * count for length, count in runs], dim=1) for x in (query, key, value))
+    out = []
+    for (length, count), *qkv in zip(runs, *parts, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # [count, heads, length, d]
+        out.append(one_length(q, k, v, **kwargs).transpose(1, 2).flatten(0, 1))  # [count * length, heads, d]
+    return torch.cat(out)[None], None
 
 
-def one_sample(
+def one_length(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None, **kwargs: Any) -> Tensor:
+    """Causal attention over samples of one length; a sliding window matters only for samples longer than it."""
+    length = q.shape[2]
+    windowed = sliding_window is not None and length > sliding_window
+    if capped(**kwargs):
+        return capped_attention(q, k, v, causal(length, length, q.device, sliding_window), **kwargs)
+    scaling, dropout = kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+    if not windowed:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa)
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])  # fused kernels take a mask or grouped heads
+    mask = causal(length, length, q.device, sliding_window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout)
+
+
+def whole_rows(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
+    """Attention as transformers asks for it; it leaves the mask away where causality says all."""
+    if not capped(**kwargs):
+        return sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+    if mask is None:
+        mask = causal(q.shape[2], k.shape[2], q.device)
+    return capped_attention(q, k, v, mask, **kwargs).transpose(1, 2)
+
+
+def capped(softcap: float | None = None, s_aux: Tensor | None = None, **_: Any) -> bool:
+    """Whether the scores need what no fused kernel of torch computes."""
+    return softcap is not None or s_aux is not None
+
+
+def capped_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    scaling: float | None = None,
+    mask: Tensor,
+    scaling: float,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Causal attention over one sample; a sliding window matters only for samples longer than it."""
-    gqa, length = q.shape[1] != k.shape[1], q.shape[2]
-    if sliding_window is None or length <= sliding_window:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=gqa)
-    ones = torch.ones(length, length, dtype=torch.bool, device=q.device)
-    mask = ones.tril() & ones.triu(1 - sliding_window)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, dropout_p=dropout, enable_gqa=gqa)
+    """Scores held in memory: tanh soft capping (arXiv 2408.00118, section 2), a learnt sink [heads] in the softmax."""
+    k, v = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1])
+    scores = q @ k.transpose(2, 3) * scaling  # [n, heads, queries, keys]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)  # finite: padding attends to nothing else
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]]
+    return F.dropout(weights, dropout) @ v
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[n, kv_heads, L, d] -> [n, heads, L, d]: every key and value head serves a group of query heads."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def causal(queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    """True where a query sees a key [queries, keys]; the last query is the last key's own."""
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    seen = ones.tril(keys - queries)
+    return seen if window is None else seen & ones.triu(keys - queries + 1 - window)
 
 
 AttentionInterface.register(NAME, packed_attention)
