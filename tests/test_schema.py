@@ -13,8 +13,14 @@ from vlm_lab.explain import explain
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
-NEEDS_PATH = {"llava_json", "cauldron"}
+NEEDS_PATH = {"llava_json", "cauldron", "obelics"}
 COMPANIONS = {  # what an option cannot be without
+    ("data", "scenes_onevision"): ["tiling=anyres_max"],
+    ("stage", "knowledge"): ["tiling=anyres_max"],
+    ("stage", "onevision"): ["data=scenes_onevision", "tiling=anyres_max"],
+    ("stage", "interleaved"): ["data=scenes_interleaved"],
+    ("stage", "interleaved_highres"): ["data=scenes_interleaved"],
+    ("data", "obelics"): ["stage=[interleaved]"],
     ("connector", "mining"): ["encoder=[siglip,clip]"],
     ("connector", "sva"): ["encoder=[siglip,clip]"],
     ("tiling", "native"): ["connector=mlp"],
@@ -26,7 +32,7 @@ COMPANIONS = {  # what an option cannot be without
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_binds(group: str, option: str, scale: str, tmp_path: Path) -> None:
     value = f"[{option}]" if group in ("encoder", "stage") else option
-    extra = [f"data.path={tmp_path}"] if option in NEEDS_PATH else COMPANIONS.get((group, option), [])
+    extra = [f"data.path={tmp_path}"] * (option in NEEDS_PATH) + COMPANIONS.get((group, option), [])
     choice = f"{group}={value}" if group != "scale" else f"scale={option}"
     config = schema.check(composed(*([] if group == "scale" else [f"scale={scale}"]), choice, *extra))
     assert config.stages

@@ -18,6 +18,12 @@ def check_parts(encoders: dict[str, Node], connector: Node, tilings: dict[str, N
         raise ValueError(problem)
 
 
+def check_videos(field: str, source: Node, tiling: Node) -> None:
+    """ValueError if `source`, at `field`, has videos, and `tiling` no rule for them."""
+    if attribute(source, "videos") and not attribute(tiling, "videos"):
+        raise ValueError(f"{field} has videos, for which {short_name(tiling)} has no rule: choose tiling=anyres_max")
+
+
 def connector_problems(encoders: dict[str, Node], connector: Node) -> Iterator[str]:
     name, names = short_name(connector), ", ".join(encoders)
     if len(encoders) > 1 and not attribute(connector, "multi"):

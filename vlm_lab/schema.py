@@ -222,8 +222,9 @@ def check_tilings(config: Config) -> None:
     for name, task in config.data.tasks.items():
         check_videos(f"data.tasks.{name}", task, config.tiling)
     for name, stage in config.stages.items():
+        tiling = stage.tiling or config.tiling
         for source in config.data.mixtures[stage.mixture]:
-            check_videos(f"stages.{name}: data.sources.{source}", config.data.sources[source], stage.tiling or config.tiling)
+            check_videos(f"stages.{name}: data.sources.{source}", config.data.sources[source], tiling)
 
 
 def check_paths(config: Config) -> None:

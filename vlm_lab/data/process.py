@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vlm_lab.batch import IGNORE, IMAGE_TOKEN, Layout
-from vlm_lab.data.chat import Chat
+from vlm_lab.data.chat import Chat, Encoded
 from vlm_lab.data.images import image_size, load_image
 from vlm_lab.data.sample import BadRecord, ImageRef, ImageSlot, Sample, Video
 from vlm_lab.data.tiling import Eye, Grid, Tiling, View
@@ -40,9 +40,15 @@ class Processor:
         tiling.check(self.view, len(eyes))
 
     def example(self, sample: Sample) -> Example:
-        """Raises BadRecord if an image cannot be used, or if no answer fits in `max_tokens`."""
+        """Raises BadRecord if an image cannot be used, or if no answer fits in `max_tokens`.
+
+        Answers are cut off where they are too long, a document also before an image that does not fit.
+        """
         layouts = self.layouts(sample)
         encoded = self.chat.encode(*spelt(sample, layouts, self.tiling.marker))
+        if len(encoded.ids) > self.max_tokens and sample.messages[0].role == "document":
+            encoded, layouts = shortened(encoded, layouts, self.max_tokens)
+            sample = replace(sample, images=sample.images[: len(layouts)])
         ids, targets = encoded.ids[: self.max_tokens], encoded.targets[: self.max_tokens]
         if len(ids) < len(encoded.ids):
             targets[-1] = IGNORE  # its token was cut off
@@ -83,6 +89,18 @@ class Processor:
     def blank(self) -> dict[str, list[np.ndarray]]:
         """One black view per encoder, for rows without an image."""
         return {name: [np.zeros((eye.side, eye.side, 3), dtype=np.uint8)] for name, eye in self.eyes.items()}
+
+
+def shortened(document: Encoded, layouts: Sequence[Layout], length: int) -> tuple[Encoded, list[Layout]]:
+    """The start of a document, at most `length` tokens long and with whole images only, and their layouts."""
+    places = np.flatnonzero(document.ids == IMAGE_TOKEN)  # of all placeholders; images stand in their order
+    ends = np.cumsum([layout.num_tokens for layout in layouts], dtype=np.int64)
+    whole = int(np.searchsorted(ends, np.searchsorted(places, length), side="right"))
+    if whole < len(layouts):
+        length = min(length, int(places[ends[whole] - layouts[whole].num_tokens]))
+    targets = document.targets[:length].copy()
+    targets[-1:] = IGNORE  # its token was cut off
+    return Encoded(document.ids[:length], targets), list(layouts[:whole])
 
 
 def spelt(sample: Sample, layouts: Sequence[Layout], marker: str) -> tuple[Sample, list[int]]:

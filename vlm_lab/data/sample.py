@@ -4,13 +4,14 @@ A `Sample` is a conversation plus the images that it mentions. Images stay undec
 source that draws them) until a loader worker needs the pixels. This file decodes nothing and knows no file format.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "document"]
 
 
 class Drawn(Protocol):
@@ -26,9 +27,9 @@ ImageRef = bytes | Path | Drawn
 
 @dataclass(frozen=True)
 class Video:
-    """A video file. It stands where an image stands: one entry of `Sample.images`, one slot."""
+    """A video: a file, or its frames, made on demand. It stands where an image stands: one entry, one slot."""
 
-    path: Path
+    content: Path | tuple[Drawn, ...]
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,24 @@ class ImageSlot:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `content` interleaves text and image slots in reading order."""
+    """One turn. `content` interleaves text and image slots in reading order.
+
+    A `document` stands alone in its sample: no turn of a conversation but running text, all of which is learnt.
+    """
 
     role: Role
     content: tuple[str | ImageSlot, ...]
+
+
+def document(units: Iterable[str | ImageSlot]) -> Message:
+    """An interleaved document of texts and images; a blank line between two texts that are neighbours."""
+    content: list[str | ImageSlot] = []
+    for unit in units:
+        if isinstance(unit, str) and content and isinstance(content[-1], str):
+            content[-1] += f"\n\n{unit}"
+        else:
+            content.append(unit)
+    return Message("document", tuple(content))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ from vlm_lab.data.sample import ImageSlot, Message, Sample
 def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
     """The question-answer pairs in random order; what opened the first question (its images) opens the new first one.
 
-    A conversation with images in a later turn, or with text before its first image, stays as it is.
+    A conversation with images in a later turn, or with text before its first image, stays as it is; so does a document.
     """
     system = [m for m in sample.messages if m.role == "system"]
     users, answers = ([m for m in sample.messages if m.role == role] for role in ("user", "assistant"))
+    if not users:
+        return sample
     opening = list(itertools.takewhile(lambda part: isinstance(part, ImageSlot), users[0].content))
     slots = [part for user in users for part in user.content if isinstance(part, ImageSlot)]
     if len(slots) != len(opening):

@@ -3,9 +3,11 @@
 Greedy, so no random number is drawn and a training run's generator is left as it was.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ import torch
 from vlm_lab.batch import Prompts
 from vlm_lab.data.loader import stack_views, view_sizes
 from vlm_lab.data.process import Example, Processor
-from vlm_lab.data.sample import BadRecord, ImageSlot, Sample, Source
+from vlm_lab.data.sample import BadRecord, Drawn, ImageRef, ImageSlot, Sample, Source, Video
 from vlm_lab.eval.metrics import Record
 from vlm_lab.model.vlm import VLM
 
@@ -78,12 +80,12 @@ def without_images(sample: Sample) -> Sample:
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
-    """Each sample gets the images of the one half a list further on with as many images: nobody keeps its own."""
-    by_count: dict[int, list[int]] = {}
+    """Each gets the images (or videos) of the one half a list further on with as many of them: nobody keeps its own."""
+    alike: dict[tuple[bool, ...], list[int]] = {}
     for index, sample in enumerate(samples):
-        by_count.setdefault(len(sample.images), []).append(index)
+        alike.setdefault(tuple(isinstance(ref, Video) for ref in sample.images), []).append(index)
     out = list(samples)
-    for indices in by_count.values():
+    for indices in alike.values():
         for place, index in enumerate(indices):
             other = indices[(place + max(1, len(indices) // 2)) % len(indices)]
             out[index] = replace(samples[index], images=samples[other].images)
@@ -103,12 +105,26 @@ def record_of(sample: Sample, prediction: str, error: str | None) -> Record:
     record = {
         "id": sample.id,
         "group": sample.group or sample.source,
+        "image": image_key(sample),
         "question": text,
         "target": "".join(map(str, answer.content)),
         "prediction": prediction,
         "choices": sample.meta.get("choices"),
     }
     return record if error is None else {**record, "error": error}
+
+
+def image_key(sample: Sample) -> str:
+    """Names what the question is about: statistics treat questions with the same key as one cluster."""
+    names = [named(ref.content if isinstance(ref, Video) else ref) for ref in sample.images]
+    return "+".join(filter(None, names)) or sample.id.rpartition("#")[0] or sample.id  # "<record>#<turn>": SingleTurn
+
+
+def named(ref: ImageRef | tuple[Drawn, ...]) -> str | None:
+    """A file's path, or a digest of its bytes; None for what is drawn, which its record alone names."""
+    if isinstance(ref, bytes):
+        return hashlib.sha256(ref).hexdigest()[:16]
+    return str(ref) if isinstance(ref, Path) else None
 
 
 def questions(source: Source, limit: int | None) -> list[Sample]:

@@ -3,9 +3,11 @@
     python -m vlm_lab.data.scenes.sheet /tmp/scenes.png        look at it
 
 world (records) -> compose (what is in a scene) -> draw (pixels); facts, knowledge -> questions; captions;
+comparisons (several pictures), clips (videos), documents (articles) -> multi (what a mixture reads of these);
 source (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
 """
 
+from vlm_lab.data.scenes.multi import SceneComparisons, SceneDocuments, SceneVideos
 from vlm_lab.data.scenes.source import SceneCaptions, SceneQuestions
 
-__all__ = ["SceneCaptions", "SceneQuestions"]
+__all__ = ["SceneCaptions", "SceneComparisons", "SceneDocuments", "SceneQuestions", "SceneVideos"]

@@ -6,6 +6,7 @@ The file is named by all that decides its pixels, so it never goes stale. It is 
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,21 +17,30 @@ from PIL import Image
 
 from vlm_lab.data.scenes.compose import compose
 from vlm_lab.data.scenes.draw import render
-from vlm_lab.data.scenes.world import WORLD_VERSION
+from vlm_lab.data.scenes.world import WORLD_VERSION, Scene
+
+Compose = Callable[
+    [int, str, int], Scene | None
+]  # (seed, split, number) -> what picture `number` shows, if there is one
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """The pictures of the scenes 0 to `count` - 1. Holds no pixels itself, so it pickles in a few bytes."""
+    """The pictures 0 to `count` - 1 that `compose` describes. Holds no pixels itself, so it pickles in a few bytes.
+
+    `name` stands for `compose` in the file's name.
+    """
 
     folder: str
     seed: int
     split: str
     count: int
+    name: str = "scenes"
+    compose: Compose = compose
 
     @property
     def path(self) -> Path:
-        name = f"scenes-v{WORLD_VERSION}-{self.seed}-{self.split}-{self.count}.rgb"
+        name = f"{self.name}-v{WORLD_VERSION}-{self.seed}-{self.split}-{self.count}.rgb"
         return Path(self.folder).expanduser() / name
 
     def read(self, index: int) -> Image.Image:
@@ -61,9 +71,10 @@ def _build(cache: ImageCache) -> None:
             sizes = np.zeros((cache.count, 2), dtype="<u2")
             file.write(sizes.tobytes())
             for index in range(cache.count):
-                image = render(compose(cache.seed, cache.split, index))
-                sizes[index] = image.size
-                file.write(image.tobytes())
+                scene = cache.compose(cache.seed, cache.split, index)
+                if scene is not None:
+                    sizes[index] = scene.size
+                    file.write(render(scene).tobytes())
             file.seek(0)
             file.write(sizes.tobytes())
         os.replace(unfinished, cache.path)
@@ -71,15 +82,18 @@ def _build(cache: ImageCache) -> None:
 
 @dataclass
 class SceneImage:
-    """The picture of one scene; `size` is (width, height)."""
+    """Picture number `index` of those that `compose` describes; `size` is (width, height)."""
 
     size: tuple[int, int]
     seed: int
     split: str
     index: int
     cache: ImageCache | None = None
+    compose: Compose = compose
 
     def draw(self) -> Image.Image:
         if self.cache is not None:
             return self.cache.read(self.index)
-        return render(compose(self.seed, self.split, self.index))
+        scene = self.compose(self.seed, self.split, self.index)
+        assert scene is not None
+        return render(scene)

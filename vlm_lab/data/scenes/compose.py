@@ -48,7 +48,7 @@ def compose(seed: int, split: str, index: int) -> Scene:
 
 def _alone(rng: Generator) -> Scene:
     """One large object, clearly to one side and clearly above or below the middle."""
-    size = _image_size(rng)
+    size = image_size(rng)
     r = round(min(size) * (0.18 + 0.07 * rng.random()))
     x, y = (_off_center(rng, side, r) for side in size)
     look = (pick(rng, tuple(COLORS)), pick(rng, SHAPES))
@@ -62,11 +62,11 @@ def _off_center(rng: Generator, side: int, r: int) -> int:
 
 
 def _objects(rng: Generator) -> Scene:
-    size = _image_size(rng)
+    size = image_size(rng)
     colors, shapes, named_by, count = _looks(rng)
     scales = [pick(rng, tuple(RADII)) for _ in colors]
     radii = [round(RADII[scale] * min(size)) for scale in scales]
-    centers = _grid_centers(rng, size, radii)
+    centers = grid_centers(rng, size, radii)
     things = zip(colors, shapes, scales, centers, radii, strict=True)
     drawn = tuple(Shape(color, shape, scale, *center, r) for color, shape, scale, center, r in things)
     return Scene(size, "objects", pick(rng, tuple(BACKGROUNDS)), drawn, named_by=named_by, count=count)
@@ -77,14 +77,14 @@ def _looks(rng: Generator) -> tuple[list[str], list[str], tuple[str, ...], tuple
     counted = pick(rng, ("objects", "shape", "color"))
     if counted == "objects":
         n = pick(rng, TOTALS)
-        return _some(rng, COLORS, n), _some(rng, SHAPES, n), ("color", "shape"), ("objects", n)
+        return some(rng, COLORS, n), some(rng, SHAPES, n), ("color", "shape"), ("objects", n)
     alike = pick(rng, COUNTED)
     n = int(rng.integers(max(alike, 3), 7))
     if counted == "shape":
         shapes = _alike(rng, SHAPES, alike, n)
-        return _some(rng, COLORS, n), shapes, ("color",), (plural(shapes[0]), alike)
+        return some(rng, COLORS, n), shapes, ("color",), (plural(shapes[0]), alike)
     colors = _alike(rng, tuple(COLORS), alike, n)
-    return colors, _some(rng, SHAPES, n), ("shape",), (f"{colors[0]} objects", alike)
+    return colors, some(rng, SHAPES, n), ("shape",), (f"{colors[0]} objects", alike)
 
 
 def _alike(rng: Generator, names: Sequence[str], alike: int, n: int) -> list[str]:
@@ -96,13 +96,13 @@ def _alike(rng: Generator, names: Sequence[str], alike: int, n: int) -> list[str
 
 def _depth(rng: Generator) -> Scene:
     """One or two overlapping pairs, the nearer one in front and often larger; perhaps an object by itself."""
-    size = _image_size(rng)
+    size = image_size(rng)
     regions = shuffled(rng, pick(rng, (("pair",), ("pair", "pair"), ("pair", "single"))))
     n = sum(2 if region == "pair" else 1 for region in regions)
-    colors, names = _some(rng, COLORS, n), _some(rng, SHAPES, n)
+    colors, names = some(rng, COLORS, n), some(rng, SHAPES, n)
     shapes: list[Shape] = []
     fronts: list[tuple[int, int]] = []
-    for region, box in zip(regions, _split((0, 0, *size), len(regions), size[0] > size[1]), strict=True):
+    for region, box in zip(regions, split_box((0, 0, *size), len(regions), size[0] > size[1]), strict=True):
         looks = [(colors.pop(), names.pop()) for _ in range(2 if region == "pair" else 1)]
         if region == "pair":
             fronts.append((len(shapes) + 1, len(shapes)))
@@ -134,16 +134,16 @@ def _single(rng: Generator, box: Box, look: tuple[str, str]) -> list[Shape]:
 def _text(rng: Generator) -> Scene:
     """One or two signs and one or two objects, in bands below or beside each other."""
     stacked = bool(rng.random() < 0.5)
-    size = _image_size(rng, wide=not stacked)
+    size = image_size(rng, wide=not stacked)
     bands = [shuffled(rng, band.split()) for band in shuffled(rng, pick(rng, SIGN_LAYOUTS))]
-    colors, names = _some(rng, COLORS, 4), _some(rng, SHAPES, 2)
+    colors, names = some(rng, COLORS, 4), some(rng, SHAPES, 2)
     signs: list[Sign] = []
     shapes: list[Shape] = []
     shares = [0.62 if band[0] == "sign" else 0.38 for band in bands]
-    for band, strip in zip(bands, _split((0, 0, *size), len(bands), not stacked, shares), strict=True):
+    for band, strip in zip(bands, split_box((0, 0, *size), len(bands), not stacked, shares), strict=True):
         # Signs are wide, so two of them stand one below the other; two objects use the strip's longer side.
         beside = band[0] == "shape" and stacked
-        for item, box in zip(band, _split(strip, len(band), beside), strict=True):
+        for item, box in zip(band, split_box(strip, len(band), beside), strict=True):
             if item == "sign":
                 signs.append(_sign(rng, box, colors.pop()))
             else:
@@ -174,9 +174,9 @@ def _number(rng: Generator, digits: int) -> str:
 
 
 def _chart(rng: Generator) -> Scene:
-    size = _image_size(rng)
+    size = image_size(rng)
     n = pick(rng, BARS)
-    looks = zip(_some(rng, COLORS, n), _some(rng, BAR_LABELS, n), _values(rng, n), strict=True)
+    looks = zip(some(rng, COLORS, n), some(rng, BAR_LABELS, n), _values(rng, n), strict=True)
     bars = tuple(Bar(*look) for look in looks)
     px = int(min(20, size[0] / n / 1.5, max(10, size[1] * (0.09 + 0.05 * rng.random()))))
     chart = Chart(bars, px, printed=bool(rng.random() < 0.5))
@@ -194,7 +194,7 @@ def _values(rng: Generator, n: int) -> list[int]:
     return [int(value) for value in rng.permutation(turned)]
 
 
-def _image_size(rng: Generator, wide: bool | None = None) -> Size:
+def image_size(rng: Generator, wide: bool | None = None) -> Size:
     """(width, height): sides of 80 to 200 pixels, aspect 1:2 to 2:1; `wide=None` gives either orientation."""
     longer = int(rng.integers(110, 201))
     shorter = round(longer / (1 + rng.random() * (min(2.0, longer / 80) - 1)))
@@ -202,15 +202,15 @@ def _image_size(rng: Generator, wide: bool | None = None) -> Size:
     return (longer, shorter) if wide else (shorter, longer)
 
 
-def _grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int, int]]:
+def grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int, int]]:
     """Centers in different cells of a grid whose cells hold the largest shape: nothing overlaps."""
     along, across = (3, 3) if max(size) < 1.4 * min(size) else (4, 2)
     columns, rows = (along, across) if size[0] > size[1] else (across, along)
-    boxes = [box for row in _split((0, 0, *size), rows, False) for box in _split(row, columns, True)]
-    return [_place(rng, box, r, r) for box, r in zip(_some(rng, boxes, len(radii)), radii, strict=True)]
+    boxes = [box for row in split_box((0, 0, *size), rows, False) for box in split_box(row, columns, True)]
+    return [_place(rng, box, r, r) for box, r in zip(some(rng, boxes, len(radii)), radii, strict=True)]
 
 
-def _split(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
+def split_box(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
     """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of 1."""
     x0, y0, x1, y1 = box
     edges = np.cumsum([0.0, *(shares or [1 / n] * n)]).tolist()
@@ -240,7 +240,7 @@ def shuffled(rng: Generator, items: Sequence[Item]) -> list[Item]:
     return [items[i] for i in rng.permutation(len(items))]
 
 
-def _some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
+def some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
     """`n` different items in random order."""
     return shuffled(rng, tuple(items))[:n]
 

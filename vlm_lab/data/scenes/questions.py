@@ -93,7 +93,7 @@ def ask(scene: Scene, groups: Sequence[str], turns: int, rng: Generator) -> list
         group = waiting.pop(0)
         fact = next(wells[group], None)
         if fact is not None:
-            asked.append(_word(group, fact, rng))
+            asked.append(word(group, fact, WORDINGS[fact.template], rng))
             waiting.append(group)
     return shuffled(rng, asked)
 
@@ -113,8 +113,9 @@ def _well(scene: Scene, group: str, rng: Generator) -> Iterator[Fact]:
             yield fact
 
 
-def _word(group: str, fact: Fact, rng: Generator) -> Question:
-    prompt = pick(rng, WORDINGS[fact.template]).format(**fact.slots)
+def word(group: str, fact: Fact, wordings: Sequence[str], rng: Generator) -> Question:
+    """A fact as a question in one of the wordings, open or with options."""
+    prompt = pick(rng, wordings).format(**fact.slots)
     if fact.template in OPEN_ONLY or rng.random() >= OPTION_SHARE:
         return Question(group, fact.template, prompt, fact.answer, (), 1 / len(fact.pool))
     others = [answer for answer in fact.pool if answer != fact.answer]

@@ -31,8 +31,8 @@ class SceneCaptions:
     """
 
     def __init__(self, split: str, size: int, seed: int = 0, kind: str = "long", cache: str | None = None) -> None:
-        _require("split", split, SPLITS)
-        _require("kind", kind, tuple(CAPTIONS))
+        require("split", split, SPLITS)
+        require("kind", kind, tuple(CAPTIONS))
         self.split, self.size, self.seed, self.kind = split, size, seed, kind
         self._cache = None if cache is None else ImageCache(cache, seed, split, size)
 
@@ -40,7 +40,7 @@ class SceneCaptions:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        _require_index(index, self.size)
+        require_index(index, self.size)
         scene = compose(self.seed, self.split, index)
         rng = stream(self.seed, self.split, index, "caption")
         turns = [(pick(rng, REQUESTS), CAPTIONS[self.kind](scene, rng))]
@@ -48,7 +48,7 @@ class SceneCaptions:
         return Sample(f"{self.split}-{index}", _conversation(turns), (image,), "scenes", f"caption_{self.kind}")
 
     def fingerprint(self) -> str:
-        return _fingerprint(self, [self.split, self.size, self.seed, self.kind])
+        return hash_of(self, [self.split, self.size, self.seed, self.kind])
 
 
 class SceneQuestions:
@@ -71,10 +71,10 @@ class SceneQuestions:
         image: bool = True,
         cache: str | None = None,
     ) -> None:
-        _require("split", split, SPLITS)
+        require("split", split, SPLITS)
         self.groups = GROUPS if groups is None else tuple(groups)
         for group in self.groups:
-            _require("groups", group, GROUPS)
+            require("groups", group, GROUPS)
         if turns < 1 or not self.groups:
             raise ValueError(f"turns={turns}, groups={groups}: need at least one turn and one group")
         self.split, self.size, self.seed, self.turns, self.image = split, size, seed, turns, image
@@ -84,18 +84,18 @@ class SceneQuestions:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        _require_index(index, self.size)
+        require_index(index, self.size)
         groups, rank = self._plan(index)
         place = self._scene_index(groups, rank)
         scene = compose(self.seed, self.split, place)
         asked = ask(scene, groups, self.turns, stream(self.seed, self.split, index, "question"))
         images = (SceneImage(scene.size, self.seed, self.split, place, self._cache),) if self.image else ()
         messages = _conversation([(question.prompt, question.answer) for question in asked], self.image)
-        group, meta = (asked[0].group, _meta(asked[0])) if self.turns == 1 else ("mixed", {})
+        group, meta = (asked[0].group, meta_of(asked[0])) if self.turns == 1 else ("mixed", {})
         return Sample(f"{self.split}-{index}", messages, images, "scenes", group, meta)
 
     def fingerprint(self) -> str:
-        return _fingerprint(self, [self.split, self.size, self.seed, self.groups, self.turns, self.image])
+        return hash_of(self, [self.split, self.size, self.seed, self.groups, self.turns, self.image])
 
     def _plan(self, index: int) -> tuple[tuple[str, ...], int]:
         """Which groups record `index` asks from, and its rank among the records that ask from the same."""
@@ -125,7 +125,7 @@ def _conversation(turns: Sequence[tuple[str, str]], image: bool = True) -> tuple
     return tuple(messages)
 
 
-def _meta(question: Question) -> dict[str, Any]:
+def meta_of(question: Question) -> dict[str, Any]:
     meta: dict[str, Any] = {"template": question.template, "chance": question.chance}
     return meta | ({"choices": list(question.choices)} if question.choices else {})
 
@@ -134,17 +134,17 @@ def _bearing_per_block(groups: tuple[str, ...]) -> int:
     return sum(bears(kind, groups) for kind in KINDS)
 
 
-def _fingerprint(source: object, arguments: list[Any]) -> str:
+def hash_of(source: object, arguments: list[Any]) -> str:
     """Hash of all that decides the records; the cache folder does not."""
     text = json.dumps([type(source).__name__, WORLD_VERSION, *arguments])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _require(name: str, value: str, known: Sequence[str]) -> None:
+def require(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
 
 
-def _require_index(index: int, size: int) -> None:
+def require_index(index: int, size: int) -> None:
     if not 0 <= index < size:
         raise IndexError(f"record {index} of a source of {size}")

@@ -7,6 +7,7 @@ Nothing here imports torch, and no pixel is decoded.
 from vlm_lab.data.sources.cauldron import Cauldron
 from vlm_lab.data.sources.holdout import Holdout
 from vlm_lab.data.sources.llava_json import LlavaJson
+from vlm_lab.data.sources.obelics import Obelics
 from vlm_lab.data.sources.single_turn import SingleTurn
 
-__all__ = ["Cauldron", "Holdout", "LlavaJson", "SingleTurn"]
+__all__ = ["Cauldron", "Holdout", "LlavaJson", "Obelics", "SingleTurn"]

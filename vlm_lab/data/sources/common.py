@@ -48,6 +48,20 @@ def images_first(slots: Iterable[ImageSlot], content: Content) -> Content:
     return (*slots, *content)
 
 
+def file_below(root: Path, relative: str, what: str) -> Path:
+    """The file at `relative` below the folder `root` (a real path), of which not even a symbolic link leads out."""
+    try:
+        path = Path(os.path.realpath(root / relative))
+        found = path.is_file()
+    except (ValueError, OSError) as error:  # a null character, a name that is too long
+        raise Unusable(f"{what} path {relative[:80]!r} cannot be used: {error}") from None
+    if not path.is_relative_to(root):
+        raise Unusable(f"{what} {relative} lies outside data.root = {root}")
+    if not found:
+        raise Unusable(f"{what} {relative} is not in data.root = {root}")
+    return path
+
+
 def check_index(index: int, length: int) -> None:
     if not 0 <= index < length:
         raise IndexError(f"record {index} of {length}")

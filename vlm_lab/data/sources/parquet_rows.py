@@ -57,6 +57,12 @@ class ParquetRows:
             for batch in _batches(file, [path]):
                 yield from batch.column(0).to_pylist()
 
+    def lengths(self, name: str) -> np.ndarray:
+        """How long the lists in a column are, row by row; -1 where there is none. Reads the whole column."""
+        batches = [batch for file in self.files for batch in _batches(file, [name])]
+        found = [batch.column(0).value_lengths().fill_null(-1).to_numpy() for batch in batches]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *found])
+
     def fingerprint(self) -> str:
         """Of content; above 1 GiB (all files together) of each file's size, first MiB and last, where the footer is.
 
@@ -87,6 +93,22 @@ class ArrowFile:
         number = int(np.searchsorted(self.ends, row, side="right"))
         start = int(self.ends[number - 1]) if number else 0
         return self.reader.get_batch(number).slice(row - start, 1).to_pylist()[0]
+
+
+def parquet_files(path: Path) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files. ValueError if there is none."""
+    if path.is_file():
+        return path.parent, [path]
+    if not (files := sorted(path.rglob("*.parquet"))):
+        raise ValueError(f"data.path = {path} is not a parquet file nor a folder that has some; give one of them")
+    return path, files
+
+
+def read_schema(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"data.path: {file} is not readable parquet ({' '.join(str(error).split())})") from None
 
 
 def _cached(file: Path, columns: list[str]) -> Path:

@@ -57,6 +57,7 @@ class AnyResMax(AnyRes):
     """
 
     rescales = True
+    videos = True
 
     def __init__(self, largest: int, cap: int, frames: int) -> None:
         span = range(1, largest + 1)

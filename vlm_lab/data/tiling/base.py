@@ -40,6 +40,7 @@ class Tiling:
     any_shape = False  # whether its views have other shapes than the encoder's square
     stitches = False  # whether it needs a map of tokens per view
     rescales = False  # whether it may scale that map
+    videos = False  # whether it has a rule for videos
 
     def check(self, view: View, encoders: int) -> None:
         """Raises ValueError if this tiling cannot feed `encoders` encoders and a connector with `view.grid`."""
