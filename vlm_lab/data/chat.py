@@ -86,9 +86,6 @@ class Chat:
         if self.template.caption:
             turns = [message for message in messages if message.role != "system"]
             return [m if m.role == "assistant" else replace(m, content=slots(m.content)) for m in turns]
-        if messages[0].role == "document":  # nobody speaks: all of its text is learnt, up to the end of text
-            out += [part if isinstance(part, ImageSlot) else (part, True) for part in messages[0].content]
-            return [*out, (self.tokenizer.eos_token or template.stop, True)]
         if self.system and messages[0].role != "system":
             messages = [Message("system", (self.system,)), *messages]
         if not self.template.nested or messages[0].role != "system":
