@@ -3,11 +3,13 @@
     python train.py                                            the default, tiny, on this machine's CPU
     python train.py encoder=[siglip,dinov2] connector=mlp      any composition of what lies in conf/
     python train.py -m seed=0,1,2                              several runs, one after the other
+    python train.py -m sweep=cambrian_frozen_encoder           a published ablation: arms x seeds (vlm_lab/sweep.py)
 
 Composes the configuration, checks it, and hands it to the parent process (vlm_lab/launch.py). No torch in here: a typo
 is answered in under a second.
 """
 
+import math
 import os
 import sys
 
@@ -29,8 +31,13 @@ ERRORS = (*CONFIG_ERRORS, RunFailed)
 def main(cfg: DictConfig) -> float:
     job = HydraConfig.get()
     try:
-        return launch(schema.check(cfg, dict(job.runtime.choices)))
+        config = schema.check(cfg, dict(job.runtime.choices))
+        if config.ablation is not None and config.ablation.arm is None:
+            raise ValueError(f"a sweep is several runs: python train.py -m sweep={config.ablation.name}")
+        return launch(config)
     except ERRORS as error:
+        if isinstance(error, RunFailed) and "ablation.arm" in " ".join(job.overrides.task):
+            return math.nan  # it is in the run's result.json, where the sweep will find it
         if job.mode == RunMode.MULTIRUN:
             raise  # the other runs go on; Hydra reports this one at the end
         sys.exit(f"error: {explain(error)}")

@@ -16,7 +16,7 @@ from vlm_lab.stats import (
     holm,
     over_seeds,
 )
-from vlm_lab.verdict import Link, judge, judge_equal, links, worst
+from vlm_lab.verdict import judge, judge_equal, worst
 
 SWEEPS, SEEDS, IMAGES, PER_IMAGE, CELLS = 1000, 3, 100, 2, 4
 EVEN = np.full(CELLS, 1 / CELLS)
@@ -171,14 +171,6 @@ def test_the_interval_of_a_correlation_covers_it() -> None:
     intervals = [correlation_interval(np.corrcoef(sample.T)[0, 1], 10) for sample in samples]
     assert np.mean([low <= r <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.025)
     assert correlation_interval(0.9, 3) == (-1.0, 1.0)
-
-
-def test_chains_are_read_as_links() -> None:
-    assert links("a > b > c") == [Link("a", ">", "b"), Link("b", ">", "c")]
-    assert links("depth1 = depth3") == [Link("depth1", "=", "depth3")]
-    for wrong in ("a", "a >", "> a", "", "a > > b"):
-        with pytest.raises(ValueError, match="no ordering of arms"):
-            links(wrong)
 
 
 def around(mean: float, half: float, seeds: int = 3) -> Estimate:

@@ -12,7 +12,6 @@ weakest link:
 A verdict holds for the scale and the data that the arms ran at, which the report says beside it.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,29 +22,9 @@ FACTOR = 2.0  # a difference "as large as published" is between the published on
 
 
 @dataclass(frozen=True)
-class Link:
-    """`left > right` or `left = right`, two arms."""
-
-    left: str
-    relation: str
-    right: str
-
-    def __str__(self) -> str:
-        return f"{self.left} {self.relation} {self.right}"
-
-
-@dataclass(frozen=True)
 class Verdict:
     verdict: str
     reason: str
-
-
-def links(order: str) -> list[Link]:
-    """`a > b > c` -> [a > b, b > c]. Raises ValueError if it is no such chain."""
-    parts = re.split(r"\s*([>=])\s*", order.strip())
-    if len(parts) < 3 or not all(parts):
-        raise ValueError(f"{order!r} is no ordering of arms: write it as `a > b`, `a > b > c` or `a = b`")
-    return [Link(*parts[start : start + 3]) for start in range(0, len(parts) - 2, 2)]
 
 
 def judge(difference: Estimate, adjusted_p: float, published: float | None) -> Verdict:
