@@ -60,6 +60,7 @@ def test_direction(path: Path) -> None:
         "model": {"model", "batch"},
         "eval": {"eval", "data", "model", "batch"},
         "batch": set(),
+        "convert": {"convert", "components", "data", "model", "batch"},
         "module": {"model", "batch", "schema"},
         "strategies": {"schema", "files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies", "files", "pulses"},

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlm_lab.components import make
-from vlm_lab.schema import Config, Node, Stage
+from vlm_lab.schema import HF, Config, Node, Stage
 
 if TYPE_CHECKING:
     from lightning import Callback, Trainer
@@ -59,11 +59,13 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 
 def tokenizer(config: Config, trained: Path | None = None) -> PreTrainedTokenizerFast:
-    """The LLM's tokenizer: the one saved in `trained`, the configured one, or one made from the sources' text."""
+    """The LLM's tokenizer: saved in `trained`, that of `init`, the configured one, or made from the sources' text."""
     from vlm_lab.data.tokenizer import load_tokenizer, trained_tokenizer
 
     if trained is not None:
         return load_tokenizer(str(trained))
+    if config.init is not None:
+        return load_tokenizer(config.init.removeprefix(HF), config.llm["chat"])
     if config.llm["tokenizer"] is not None:
         return load_tokenizer(config.llm["tokenizer"], config.llm["chat"])
     cache, vocab = Path(config.output) / "cache", config.llm["shape"]["vocab_size"]
@@ -74,17 +76,27 @@ def vlm(config: Config, weights: bool = True) -> VLM:
     """The model, with pretrained weights where the configuration names them; random parts come from the seed alone.
 
     `weights=False` ignores those names: the same shapes, offline and on any device (`meta`, to count parameters).
+    So does a configuration with `init`, whose checkpoint (see `start`) holds all weights.
     """
     import torch
 
     from vlm_lab.model.vlm import VLM
 
     torch.manual_seed(config.seed)
+    weights = weights and config.init is None
     encoders = {name: make(node if weights else unloaded(node)) for name, node in config.encoder.items()}
     llm = make(config.llm if weights else unloaded(config.llm))
     dims = {name: encoder.dim for name, encoder in encoders.items()}
     connector = make(config.connector, dims=dims, out_dim=llm.get_input_embeddings().embedding_dim)
     return VLM(encoders, connector, llm, newline=make(config.tiling).newline)
+
+
+def start(config: Config, model: VLM) -> None:
+    """Load the checkpoint that the first stage starts from, if the configuration names one."""
+    from vlm_lab.convert import start_from
+
+    if config.init is not None:
+        start_from(model, config.init.removeprefix(HF))
 
 
 def unloaded(node: Node) -> Node:

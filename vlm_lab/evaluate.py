@@ -47,11 +47,15 @@ def evaluate_run(run: Path, config: Config, logger: Any = None) -> dict[str, Any
 
 
 def load_run(run: Path, config: Config) -> tuple[VLM, Processor]:
-    """The model after the run's last stage, on the configured device, and what prepares its prompts."""
-    folder = run / "stages" / list(config.stages)[-1]
+    """The model after the run's last stage, on the configured device, and what prepares its prompts.
+
+    `run` is a run folder, or what vlm_lab/export.py wrote: the last stage's files beside config.yaml.
+    """
+    exported = (run / "model.safetensors").is_file()
+    folder = run if exported else run / "stages" / list(config.stages)[-1]
     vlm = build.vlm(config)
     load_model(vlm, folder / "model.safetensors")
-    processor = build.processor(config, vlm, build.tokenizer(config, folder / "tokenizer"), sys.maxsize)
+    processor = build.processor(config, vlm, build.tokenizer(config, folder / "tokenizer"))
     return vlm.to("cuda" if config.trainer.accelerator == "gpu" else "cpu"), processor
 
 

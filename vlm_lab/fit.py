@@ -107,6 +107,8 @@ class Worker:
         before = list(self.keys)[: list(self.keys).index(name)]
         if before:
             load_model(vlm, self.store.path(self.keys[before[-1]]) / "model.safetensors")
+        else:
+            build.start(config, vlm)
         process = build.processor(config, vlm, tokenizer, stage)
         loader = build.loader(config, stage, process, RANK, WORLD)
         zero3 = config.trainer.strategy.startswith("zero3")

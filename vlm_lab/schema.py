@@ -21,6 +21,7 @@ from vlm_lab.compat import check_parts, check_videos
 from vlm_lab.components import Node, bind
 
 IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
+HF = "hf:"  # what `init` begins with: the checkpoint is one of transformers
 Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 
@@ -125,6 +126,7 @@ class Config(Strict):
     name: Annotated[str, COSMETIC]
     seed: Annotated[int, IDENTITY] = Field(ge=0)
     output: Annotated[str, COSMETIC]
+    init: Annotated[str | None, IDENTITY] = None  # what all weights start from: hf:<id or folder> (vlm_lab/convert)
     scale: Annotated[Literal["tiny", "full"], COSMETIC]  # its effects are all in the fields that it sets
     encoder: Annotated[dict[str, Node], IDENTITY]
     connector: Annotated[Node, IDENTITY]
@@ -237,3 +239,16 @@ def check_paths(config: Config) -> None:
         path = getattr(config.data, field)
         if path is not None and not Path(path).exists():
             raise ValueError(f"data.{field} = {path}: no such file or folder (from {Path.cwd()})")
+    check_init(config.init)
+
+
+def check_init(init: str | None) -> None:
+    """Refuses what is neither `hf:<id>` nor `hf:<folder with a checkpoint>`; ids are looked up by the worker."""
+    if init is None:
+        return
+    source = init.removeprefix(HF)
+    if source == init or not source:
+        raise ValueError(f"init = {init}: say {HF}ID or {HF}FOLDER")
+    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+    if local and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"init = {init}: no folder with a config.json (from {Path.cwd()})")

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vlm_lab.schema import IDENTITY, Config
+from vlm_lab.schema import HF, IDENTITY, Config
 
 PACKAGE = Path(__file__).parent.parent
-CODE = ("batch.py", "build.py", "fit.py", "module.py", "strategies.py", "data/**/*.py", "model/**/*.py")
+CODE = ("batch.py", "build.py", "convert/*.py", "fit.py", "module.py", "strategies.py", "data/**/*.py", "model/**/*.py")
 
 
 def stage_keys(config: Config, fingerprints: dict[str, str]) -> dict[str, str]:
@@ -36,7 +36,21 @@ def stage_identity(config: Config, name: str, fingerprints: dict[str, str]) -> d
     parts = {key: fields[key] for key in ("seed", "encoder", "connector", "llm", "tiling", "trainer")}
     data = {key: getattr(config.data, key) for key in ("holdout", "shuffle_turns")}
     data |= {"weights": weights, "sources": {s: fingerprints[s] for s in sorted(used)}}
-    return {**parts, "stage": identity(stage), "data": data}
+    return {**parts, "init": checkpoint(config.init), "stage": identity(stage), "data": data}
+
+
+def checkpoint(init: str | None) -> Any:
+    """What stands for the checkpoint that training starts from: its files' hashes if it is local, else its id."""
+    folder = Path((init or "").removeprefix(HF))
+    if init is None or not folder.is_dir():
+        return init
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    return {path.name: hash_of_file(path) for path in files}
+
+
+def hash_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def identity(model: BaseModel) -> dict[str, Any]:
