@@ -40,7 +40,7 @@ def figures(study: Study, report: Node) -> list[tuple[str, str]]:
 
 
 def svg(figure: Figure) -> str:
-    """Without the XML prologue, scaling with the page."""
+    """Without the XML prologue and matplotlib's metadata, scaling with the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
@@ -48,7 +48,7 @@ def svg(figure: Figure) -> str:
     text = re.sub(
         r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" style="max-width:{width:.0f}pt">', text, count=1
     )
-    return text[text.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
