@@ -22,6 +22,14 @@ TORCH_FREE = [
     "pulses",
     "console",
     "build",
+    "ablation",
+    "sweep",
+    "stats",
+    "verdict",
+    "report",
+    "reporting/study",
+    "reporting/analysis",
+    "reporting/samples",
 ]
 
 
@@ -64,7 +72,10 @@ def test_direction(path: Path) -> None:
         "module": {"model", "batch", "schema"},
         "strategies": {"schema", "files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies", "files", "pulses"},
-        "schema": {"components", "compat"},
+        "schema": {"ablation", "components", "compat"},
+        "ablation": set(),
+        "stats": set(),
+        "verdict": {"stats"},
         "compat": {"components"},
         "components": set(),
         "explain": set(),

@@ -11,7 +11,7 @@ from helpers import ROOT, composed
 from vlm_lab import schema
 from vlm_lab.explain import explain
 
-GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "sweep")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 NEEDS_PATH = {"llava_json", "cauldron", "obelics"}
 COMPANIONS = {  # what an option cannot be without

@@ -20,22 +20,23 @@ from vlm_lab.schema import Config
 class WandbLogger:
     """One W&B run per run folder; its id is the folder's name, so every process of the run writes to the same page.
 
-    `group` defaults to the run's label (seeds of one composition stand together); `samples` is the number of rows in
-    the tables of predictions. The current directory gets no files.
+    `group` defaults to the sweep, else to the run's label (seeds of one composition stand together); `samples` is the
+    number of rows in the tables of predictions. The current directory gets no files.
     """
 
     def __init__(
         self, config: Config, run: Path, project: str, group: str | None, tags: list[str], samples: int
     ) -> None:
-        self.samples = samples
+        self.samples, sweep = samples, config.ablation
+        labels = [] if sweep is None else [f"sweep:{sweep.name}"[:64], f"arm:{sweep.arm}"[:64]]  # W&B's limit
         keep_files_below(run)
         self.run = wandb.init(
             project=project,
             name=config.name,
             id=run.name,
-            group=group or config.name,
+            group=group or (sweep.name if sweep else config.name),
             job_type="train",
-            tags=[*tags, config.scale, *config.encoder],
+            tags=[*tags, *labels, config.scale, *config.encoder],
             config=config.model_dump(),
             dir=run,
             mode="online" if has_key() else "offline",
