@@ -4,8 +4,10 @@ Registered as hydra/sweeper=ablation (conf/train.yaml). Here lies only what need
 run before the first starts. What happens then is in vlm_lab/sweep.py. Launchers (basic, joblib, submitit) stay usable.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -67,6 +69,10 @@ class AblationSweeper(BasicSweeper):
 
     def launch(self, jobs: Sequence[Any]) -> list[str | None]:
         """Start the runs and wait; what each raised, if anything. How it ended is in its folder."""
+        here = str(
+            Path(__file__).parent.parent
+        )  # where workers unpickle this class from
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         returns = self.launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
         return [raised(value) for value in returns]
 

@@ -164,7 +164,7 @@ def test_mistakes_are_found_before_anything_starts(tmp_path: Path) -> None:
 
 def test_a_failed_arm_is_recorded_the_others_go_on_and_are_not_run_again(tmp_path: Path) -> None:
     """Two arms share the align stage; the third names a module that the model has not. Then the same command again."""
-    bad = '+ablation.arms.bad=["stages.instruct.train={encoder.siglip.nose:1.0}"]'
+    bad = '+ablation.arms.bad=["+stages.instruct.train={encoder.siglip.nose:1.0}"]'
     first = train(tmp_path, *SWEEP, bad)
     assert first.returncode == 1
     assert "3 runs, 0 finished already" in first.stdout

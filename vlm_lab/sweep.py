@@ -78,7 +78,8 @@ def start(launch: Callable[[Sequence[Job]], list[str | None]], waiting: Sequence
     try:
         return dict(zip([job.run for job in waiting], launch(waiting) if waiting else [], strict=True))
     except Exception as error:
-        return {job.run: f"the launcher failed: {type(error).__name__}: {error}" for job in waiting}
+        reason = " ".join(f"the launcher failed: {type(error).__name__}: {error}".split())
+        return {job.run: reason for job in waiting}
 
 
 def report_failures(jobs: Sequence[Job], errors: dict[Path, str | None]) -> None:
