@@ -119,6 +119,9 @@ def test_a_bootstrap_draw_that_misses_a_cell_leaves_its_weight_to_the_others() -
     rows = small.resampled(np.array([[100.0, 0.0]]), np.array([0.5, 0.5]))
     assert rows.shape == (RESAMPLES, 1)
     assert set(np.unique(rows)) == {0.0, 50.0, 100.0}
+    one_cell = small.resampled(np.array([[100.0, 0.0]]), np.array([1.0, 0.0]))
+    assert len(one_cell) < RESAMPLES  # draws without any question of that cell say nothing
+    assert (one_cell == 100.0).all()
 
 
 def test_power_and_the_detectable_difference_are_inverse() -> None:

@@ -42,11 +42,15 @@ class Design:
         return weighted(self.sums(values).sum(0), self.sums(np.ones((1, len(self.cells)))).sum(0), weights)
 
     def resampled(self, values: Array, weights: Array) -> Array:
-        """[R, Q] -> the scores of `RESAMPLES` draws of whole images with replacement [RESAMPLES, R]."""
+        """[R, Q] -> scores of `RESAMPLES` draws of whole images with replacement [draws, R].
+
+        Draws that missed every cell of positive weight are left out.
+        """
         draws, (images, cells) = counts(self.shape[0]), self.shape
         totals = (draws @ self.sums(values).reshape(images, -1)).reshape(RESAMPLES, len(values), cells)
         sizes = draws @ self.sums(np.ones((1, len(self.cells))))[:, 0]  # [RESAMPLES, cells]
-        return weighted(totals, sizes[:, None], weights)
+        hit = (sizes * weights).sum(-1) > 0
+        return weighted(totals[hit], sizes[hit][:, None], weights)
 
 
 @cache
@@ -161,7 +165,7 @@ def compare(a: Array, b: Array, design: Design, weights: Array) -> Estimate:
     """
     d = np.asarray(a, float) - np.asarray(b, float)
     seeds, average = len(d), d.mean(0)
-    rows = design.resampled(np.vstack([average, d - average]), weights)  # [RESAMPLES, 1 + S]
+    rows = design.resampled(np.vstack([average, d - average]), weights)  # [draws, 1 + S]
     mean, over_images = float(design.scores(average[None], weights)[0]), float(rows[:, 0].var(ddof=1))
     if seeds == 1:
         return Estimate(mean, Spread(over_images, 0.0, 0.0, design.shape[0], 1))
