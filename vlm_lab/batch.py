@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -39,9 +39,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one image or video enters the model: its views and its placeholders, block after block."""
+    """How one image or video enters the model: its views and its placeholders, block after block.
+
+    `padded`: (width, height) of an image whose views are padded to squares that the encoder's user may not look at.
+    """
 
     blocks: tuple[Block, ...]
+    padded: tuple[int, int] | None = None
 
     @property
     def views(self) -> int:
@@ -50,6 +54,19 @@ class Layout:
     @property
     def num_tokens(self) -> int:
         return sum(block.num_tokens for block in self.blocks)
+
+
+def unpadded(size: tuple[int, int], grid: Grid) -> tuple[Grid, Grid]:
+    """(top, left) and (rows, columns) of the part of a `grid` of tokens on which an image (width, height) lies.
+
+    Exact integers: equal to transformers' rounding, and to LLaVA's float division but for 1 in 192,000 sizes.
+    """
+    (width, height), (rows, columns) = size, grid
+    if width * rows > columns * height:  # wider than the canvas: there are margins above and below
+        margin = (rows - height * columns // width) // 2
+        return (margin, 0), (rows - 2 * margin, columns)
+    margin = (columns - width * rows // height) // 2
+    return (0, margin), (rows, columns - 2 * margin)
 
 
 @dataclass
@@ -83,6 +100,34 @@ class Batch(OnDevice):
     part: int = 0
     parts: int = 1
     bad: list[Any] = field(default_factory=list)  # records that could not be used
+
+
+@dataclass
+class CaptionBatch(OnDevice):
+    """Pictures with captions, to pretrain an encoder: one process's share of an optimizer step, B pairs.
+
+    `pixels` uint8 [B, 3, S, S]; `raw`, `synthetic` [B, T] are texts for the text tower, [CLS] last; `targets` [B, Q]
+    the caption to write, IGNORE where it has ended. `valid` [B] is False for a record that could not be used. `kept`
+    [B, K]: the patches that enter the encoder; `read` [B, R]: which of those tokens the decoder reads; None: all.
+    """
+
+    pixels: Tensor
+    raw: Tensor
+    synthetic: Tensor
+    targets: Tensor
+    valid: Tensor
+    ids: list[str]
+    kept: Tensor | None = None
+    read: Tensor | None = None
+    bad: list[Any] = field(default_factory=list)
+    part: ClassVar[int] = 0  # of `parts`: a contrastive loss needs the step as one batch
+    parts: ClassVar[int] = 1
+
+    def __getitem__(self, part: slice) -> Self:
+        """Some of the pairs."""
+        whole = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "bad"}
+        cut: dict[str, Any] = {name: None if value is None else value[part] for name, value in whole.items()}
+        return replace(self, **cut)
 
 
 @dataclass
