@@ -1,5 +1,6 @@
 """Sweep files and the sweeper: every arm composes, published means are what they say, failures, skipping, order."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,9 @@ import pytest
 from helpers import ROOT, composed
 
 from hydra_plugins.ablation_sweeper import combined
-from vlm_lab import schema, sweep
+from vlm_lab import build, schema, sweep
 from vlm_lab.ablation import Ablation, Link, links
+from vlm_lab.module import VLMTraining
 from vlm_lab.store import Store
 from vlm_lab.sweep import Job, in_order, last_line, source
 
@@ -21,6 +23,14 @@ SMALL = [
     *("stages.align.steps=2", "stages.instruct.steps=2", "stages.align.batch=4", "stages.instruct.batch=4"),
     *("stages.align.micro_batch=4", "stages.instruct.micro_batch=4", "eval.max_new_tokens=2"),
 ]
+
+
+TWO_STEPS = [*(f"data.sources.{name}.size=64" for name in ("captions", "questions", "text")), "trainer.num_workers=0"]
+
+
+def first_arm(name: str) -> list[str]:
+    arm, overrides = next(iter(arms_of(name, "tiny").items()))
+    return [*overrides, f"+ablation.arm={arm}"]
 
 
 def arms_of(name: str, scale: str) -> dict[str, list[str]]:
@@ -44,6 +54,23 @@ def test_every_arm_composes_and_passes_check(name: str) -> None:
     assert configs[0].ablation.name == name
     arm, overrides = list(arms_of(name, "full").items())[-1]
     check_arm(name, "full", arm, list(overrides))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_first_arm_trains(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Two real optimizer steps of its last stage, from random weights; the losses are finite."""
+    output = tmp_path_factory.getbasetemp() / "sweeps"  # one cache of pictures and tokenizers for all of them
+    config = schema.check(composed(f"sweep={name}", *TWO_STEPS, f"output={output}", *first_arm(name)))
+    stage = list(config.stages.values())[-1].model_copy(
+        update={"steps": 2, "epochs": None, "batch": 4, "micro_batch": 4}
+    )
+    vlm = build.vlm(config)
+    loader = build.loader(config, stage, build.processor(config, vlm, build.tokenizer(config), stage), 0, 1)
+    module = VLMTraining(vlm, stage, loader.steps)
+    trainer = build.trainer(config, stage, loader, [])
+    trainer.fit(module, loader)
+    assert trainer.global_step == 2
+    assert math.isfinite(module.loss_of_step())
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -144,7 +144,7 @@ def write_index(jobs: Sequence[Job]) -> Path:
 def board(jobs: Sequence[Job]) -> Table:
     """The live table: one row per arm, one column per seed."""
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    table = Table(title="score in % (mean over groups), or where the run is", title_justify="left")
+    table = Table(title="score in %", title_justify="left")
     for heading in ("arm", *(f"seed {seed}" for seed in seeds)):
         table.add_column(heading, justify="left" if heading == "arm" else "right", no_wrap=True)
     cells = {(job.arm, job.seed): state(job) for job in jobs}
