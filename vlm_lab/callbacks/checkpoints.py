@@ -102,9 +102,9 @@ class AtomicFiles(TorchCheckpointIO):
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
             in_place(partial, Path(path))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter while it handles the former
             remove(partial)
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error.__context__ or error).split())
             Console(stderr=True).print(f"checkpoint {path} could not be written ({reason}); training goes on")
 
 

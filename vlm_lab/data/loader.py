@@ -4,6 +4,7 @@ One item of the underlying DataLoader is a whole optimizer step of this process,
 known before its first backward pass. The loader then yields the step's rows one by one. Its state is one integer.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class Loader:
             collate_fn=self.collate,
             num_workers=self.workers,
             prefetch_factor=2 if self.workers else None,
+            worker_init_fn=ignore_sigterm,
         )
         for step, rows in enumerate(loader, start=first + 1):
             for row in rows:
@@ -113,6 +115,11 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = self.done = state["steps"]
+
+
+def ignore_sigterm(worker: int) -> None:
+    """A signal to the whole process group must not take the data away: the step is finished, then saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def pack(examples: Sequence[Example], processor: Processor) -> Batch:

@@ -82,7 +82,8 @@ def merged(layer: Any) -> nn.Module:
         return base
     delta = layer.get_delta_weight("default")
     plain: Any = nn.Linear(base.in_features, base.out_features, base.bias is not None, dtype=delta.dtype)
-    plain.weight.copy_(dequantize_4bit(base.weight.data, base.weight.quant_state) + delta)
+    weight: Any = base.weight  # Params4bit
+    plain.weight.copy_(dequantize_4bit(weight.data, weight.quant_state) + delta)
     if base.bias is not None:
         plain.bias.copy_(base.bias)
     return plain
