@@ -69,9 +69,7 @@ class AblationSweeper(BasicSweeper):
 
     def launch(self, jobs: Sequence[Any]) -> list[str | None]:
         """Start the runs and wait; what each raised, if anything. How it ended is in its folder."""
-        here = str(
-            Path(__file__).parent.parent
-        )  # where workers unpickle this class from
+        here = str(Path(__file__).parent.parent)  # where workers unpickle this class from
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
         returns = self.launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
         return [raised(value) for value in returns]
