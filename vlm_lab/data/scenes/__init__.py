@@ -4,10 +4,19 @@
 
 world (records) -> compose (what is in a scene) -> draw (pixels); facts, knowledge -> questions; captions;
 comparisons (several pictures), clips (videos), documents (articles) -> multi (what a mixture reads of these);
-source (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
+source, pairs (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
 """
 
 from vlm_lab.data.scenes.multi import SceneComparisons, SceneDocuments, SceneVideos
+from vlm_lab.data.scenes.pairs import SceneLooks, ScenePairs
 from vlm_lab.data.scenes.source import SceneCaptions, SceneQuestions
 
-__all__ = ["SceneCaptions", "SceneComparisons", "SceneDocuments", "SceneQuestions", "SceneVideos"]
+__all__ = [
+    "SceneCaptions",
+    "SceneComparisons",
+    "SceneDocuments",
+    "SceneLooks",
+    "ScenePairs",
+    "SceneQuestions",
+    "SceneVideos",
+]

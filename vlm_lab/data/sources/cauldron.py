@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
 from vlm_lab.data.sources.common import Unusable, answer, check_index, digest, images_first, text
-from vlm_lab.data.sources.parquet_rows import ParquetRows
+from vlm_lab.data.sources.parquet_rows import ParquetRows, parquet_files, read_schema
 
 COLUMNS = {"images": ("bytes",), "texts": ("user", "assistant", "source")}  # column -> fields that are read
 
@@ -26,7 +25,7 @@ class Cauldron:
     """
 
     def __init__(self, path: str, turn_sources: list[str] | None = None) -> None:
-        self.folder, files = _parquet_files(Path(path))
+        self.folder, files = parquet_files(Path(path))
         for file in files:
             _check_schema(file)
         self.turn_sources = turn_sources
@@ -96,21 +95,9 @@ def _images(record: dict[str, Any]) -> tuple[bytes, ...]:
     return images
 
 
-def _parquet_files(path: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files."""
-    if path.is_file():
-        return path.parent, [path]
-    if not (files := sorted(path.rglob("*.parquet"))):
-        raise ValueError(f"data.path = {path} is not a parquet file nor a folder that has some; give one of them")
-    return path, files
-
-
 def _check_schema(file: Path) -> None:
     expected = "expected are images: list<struct<bytes, path>> and texts: list<struct<user, assistant, source>>"
-    try:
-        schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"data.path: {file} is not readable parquet ({' '.join(str(error).split())})") from None
+    schema = read_schema(file)
     for column, fields in COLUMNS.items():
         if column not in schema.names:
             raise ValueError(f"data.path: {file} has no column `{column}` but {schema.names}; {expected}")

@@ -1,0 +1,195 @@
+"""Pretrained towers under other libraries' names, and back: timm's for the encoder, open_clip's for both towers.
+
+    write_open_clip(model, folder)          then  open_clip.create_model("local-dir:folder")
+    save_file(to_timm(model), path)         then  timm.create_model(..., num_classes=out_dim, global_pool="avg"), or
+                                            encoder.<name>.weights=path here
+    model.load_state_dict(from_open_clip(state, model), strict=False)
+
+Only values are moved and renamed, so features stay the same. The caption decoder has no counterpart and is left out.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vlm_lab.model.pretrain.dual import DualEncoder
+
+BLOCK = {  # timm's names to those of OpenAI's CLIP, inside a block
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "attn.qkv.weight": "attn.in_proj_weight",
+    "attn.qkv.bias": "attn.in_proj_bias",
+    "attn.proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+VISION = {
+    "patch_embed.proj": "conv1",
+    "cls_token": "class_embedding",
+    "pos_embed": "positional_embedding",
+    "norm_pre": "ln_pre",
+    "norm": "ln_post",
+}
+TEXT = {
+    "embedding": "token_embedding",
+    "positions": "positional_embedding",
+    "norm": "ln_final",
+    "proj.weight": "text_projection",
+}
+OTHERS = {
+    "towers.image.norm": "visual.ln_post",
+    "towers.image.proj.weight": "visual.proj",
+    "towers.contrast.log_scale": "logit_scale",
+    "towers.contrast.bias": "logit_bias",
+}
+TRANSPOSED = ("visual.proj", "text.text_projection")  # open_clip multiplies from the right
+
+
+def to_open_clip(model: DualEncoder) -> dict[str, Tensor]:
+    """Weights of both towers as open_clip's `CustomTextCLIP` names them."""
+    names = open_clip_names(model)
+    state = {
+        theirs: as_theirs(theirs, value) for theirs, value in zip(names.values(), values(model, names), strict=True)
+    }
+    if "visual.positional_embedding" not in state:  # computed here, stored there; the class token has none
+        table = vit(model).pos_embed[0]
+        state["visual.positional_embedding"] = torch.cat([torch.zeros_like(table[:1]), table])
+    return {name: value.detach().contiguous().clone() for name, value in state.items()}
+
+
+def from_open_clip(state: dict[str, Tensor], model: DualEncoder) -> dict[str, Tensor]:
+    """The inverse: what `model.load_state_dict(..., strict=False)` takes. ValueError if a tower does not fit."""
+    own, out = model.state_dict(), {}
+    for name, theirs in open_clip_names(model).items():
+        if theirs not in state or state[theirs].numel() != own[name].numel():
+            found = "is missing" if theirs not in state else f"has the shape {list(state[theirs].shape)}"
+            raise ValueError(f"open_clip weights: {theirs} {found}, {list(own[name].shape)} is expected for {name}")
+        value = state[theirs].T if theirs in TRANSPOSED else state[theirs]
+        out[name] = value.reshape(own[name].shape)
+    return out
+
+
+def open_clip_names(model: DualEncoder) -> dict[str, str]:
+    """{our name: open_clip's} of every weight that open_clip has a place for."""
+    if model.towers.text is None or vit(model).cls_token is None or vit(model).patch_embed.proj.bias is not None:
+        raise ValueError(
+            "open_clip's names are for contrastive towers and encoders like CLIP's: with a class token, "
+            "without a bias in the patch embedding"
+        )
+    image, out = f"encoder.{model.name}.model.", {}
+    for name in model.state_dict():
+        if name.startswith(image):
+            out[name] = f"visual.{renamed(name.removeprefix(image), 'blocks.', VISION)}"
+        elif name.startswith("towers.text."):
+            out[name] = f"text.{renamed(name.removeprefix('towers.text.'), 'transformer.blocks.', TEXT)}"
+        elif not name.startswith("towers.decoder."):
+            out[name] = swapped(name, OTHERS)
+    return out
+
+
+def renamed(name: str, blocks: str, table: dict[str, str]) -> str:
+    if not name.startswith(blocks):
+        return swapped(name, table)
+    number, _, inside = name.removeprefix(blocks).partition(".")
+    return f"transformer.resblocks.{number}.{swapped(inside, BLOCK)}"
+
+
+def swapped(name: str, table: dict[str, str]) -> str:
+    """`name` with the prefix that is in `table` replaced."""
+    for ours, theirs in table.items():
+        if name == ours or name.startswith(f"{ours}."):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def values(model: DualEncoder, names: dict[str, str]) -> list[Tensor]:
+    state = model.state_dict()
+    return [state[name] for name in names]
+
+
+def as_theirs(name: str, value: Tensor) -> Tensor:
+    if name in TRANSPOSED:
+        return value.T
+    if name == "visual.class_embedding":
+        return value.flatten()
+    return value.flatten(0, 1) if name == "visual.positional_embedding" else value
+
+
+def open_clip_config(model: DualEncoder) -> dict[str, Any]:
+    """What open_clip builds the same two towers from."""
+    encoder, image, text = model.encoder[model.name], vit(model), model.towers.text
+    if type(image.blocks[0].mlp.act) is not nn.GELU or text is None:
+        raise ValueError("open_clip's configuration has no other activation than GELU beside this text tower")
+    epsilon = {"norm_kwargs": {"eps": 1e-6}}
+    vision = {
+        "image_size": encoder.image_size,
+        "patch_size": image.patch_embed.patch_size[0],
+        "no_ln_pre": isinstance(image.norm_pre, nn.Identity),
+        "pool_type": "avg",
+        "final_ln_after_pool": isinstance(image.norm, nn.Identity),
+        **shape(image.blocks),
+        **epsilon,
+    }
+    words = {
+        "context_length": text.positions.shape[0],
+        "vocab_size": text.embedding.num_embeddings,
+        "no_causal_mask": True,
+        "pool_type": "last",
+        "act_kwargs": {"approximate": "tanh"},
+        **shape(text.transformer.blocks),
+        **epsilon,
+    }
+    words["heads"] = words["width"] // words.pop("head_width")
+    config = {"embed_dim": text.proj.out_features, "vision_cfg": vision, "text_cfg": words, "custom_text": True}
+    bias = getattr(model.towers.contrast, "bias", None)  # SigLIP's
+    return config if bias is None else {**config, "init_logit_bias": float(bias)}
+
+
+def shape(blocks: Any) -> dict[str, Any]:
+    first = blocks[0]
+    width = first.mlp.fc1.in_features
+    ratio = first.mlp.fc1.out_features / width
+    return {"width": width, "layers": len(blocks), "head_width": width // first.attn.num_heads, "mlp_ratio": ratio}
+
+
+def write_open_clip(model: DualEncoder, folder: Path) -> None:
+    """A folder that `open_clip.create_model("local-dir:folder")` loads."""
+    encoder: Any = model.encoder[model.name]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": open_clip_config(model), "preprocess_cfg": {"mean": encoder.mean, "std": encoder.std}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
+    save_file(to_open_clip(model), folder / "open_clip_model.safetensors")
+
+
+def to_timm(model: DualEncoder) -> dict[str, Tensor]:
+    """The encoder, its norm and its projection as a timm classifier whose logits are the image features."""
+    state = dict(vit(model).state_dict())
+    if (head := model.towers.image) is not None:
+        state |= {f"fc_norm.{name}": value for name, value in head.norm.state_dict().items()}
+        state |= {"head.weight": head.proj.weight, "head.bias": torch.zeros(head.proj.out_features)}
+    return {name: value.detach().contiguous().clone() for name, value in state.items()}
+
+
+def from_timm(state: dict[str, Tensor], model: DualEncoder) -> dict[str, Tensor]:
+    """The inverse of `to_timm`, for `model.load_state_dict(..., strict=False)`."""
+    places = {"fc_norm.": "towers.image.norm.", "head.weight": "towers.image.proj.weight"}
+    out = {}
+    for name, value in state.items():
+        place = next(
+            (ours + name.removeprefix(theirs) for theirs, ours in places.items() if name.startswith(theirs)), None
+        )
+        if name != "head.bias":
+            out[place or f"encoder.{model.name}.model.{name}"] = value
+    return out
+
+
+def vit(model: DualEncoder) -> Any:
+    """The timm model inside the encoder."""
+    found = getattr(model.encoder[model.name], "model", None)
+    if not hasattr(found, "blocks"):
+        raise ValueError(f"encoder {model.name}: only timm's Vision Transformers have a name in other libraries")
+    return found
