@@ -69,7 +69,7 @@ def test_direction(path: Path) -> None:
         "eval": {"eval", "data", "model", "batch"},
         "batch": set(),
         "convert": {"convert", "components", "data", "model", "batch"},
-        "module": {"model", "batch", "schema"},
+        "module": {"model", "batch", "schema", "components"},
         "strategies": {"schema", "files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies", "files", "pulses"},
         "schema": {"ablation", "components", "compat"},

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlm_lab.batch import Batch
+from vlm_lab.components import attribute
 from vlm_lab.model import adapt, freeze
 from vlm_lab.model.checkpointing import checkpoint_activations, keep_checkpointing
 from vlm_lab.model.neftune import neftune
@@ -32,7 +33,7 @@ class VLMTraining(LightningModule):
         super().__init__()
         self.vlm, self.stage, self.steps, self.checkpointing = vlm, stage, steps, checkpointing
         self.strict_loading = False
-        self.table = freeze.resolve(vlm, rules(stage))
+        self.table = freeze.resolve(vlm, idle(vlm, stage) | rules(stage))
         adapt.inject(vlm, self.table)
         freeze.apply(vlm, self.table)
         if checkpointing is not None:
@@ -114,6 +115,12 @@ class VLMTraining(LightningModule):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         kept = trained | {name for name, _ in self.named_buffers()}
         checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+
+
+def idle(vlm: VLM, stage: Stage) -> freeze.Table:
+    """What no sample of the stage can reach: newline embeddings, where its own tiling makes none."""
+    without = stage.tiling is not None and not attribute(stage.tiling, "newline")
+    return {"connector.newline": None} if without and hasattr(vlm.connector, "newline") else {}
 
 
 def rules(stage: Stage) -> freeze.Table:
