@@ -35,6 +35,18 @@ def test_unknown_path_is_refused() -> None:
         freeze.resolve(tiny_vlm(), {"encoder.nose": Rule(1e-3)})
 
 
+def test_tied_weights_have_one_rule() -> None:
+    """Stages name `lm_head` beside the embedding (Idefics2): with a tied LLM both are one tensor."""
+    vlm = tiny_vlm()
+    vlm.llm.config.tie_word_embeddings = True
+    vlm.llm.tie_weights()
+    assert vlm.llm.lm_head.weight is vlm.llm.model.embed_tokens.weight
+    both = {"llm.model.embed_tokens": Rule(1e-4), "llm.lm_head": Rule(1e-4), "llm": Rule(1e-3)}
+    assert freeze.resolve(vlm, both) == {"llm.model.embed_tokens": Rule(1e-4), "llm": Rule(1e-3)}
+    with pytest.raises(ValueError, match=r"train\.llm\.lm_head: these weights are tied to llm\.model\.embed_tokens"):
+        freeze.resolve(vlm, {"llm.lm_head": Rule(1e-4), "llm": Rule(1e-3)})
+
+
 def test_groups_hold_exactly_what_requires_grad() -> None:
     vlm, table = (
         tiny_vlm(),

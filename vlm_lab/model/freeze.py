@@ -54,14 +54,16 @@ class Row:
 def resolve(model: nn.Module, table: Table) -> Table:
     """`table` with every `last: n` spelt out as the paths of those blocks; paths that are given win over them.
 
-    ValueError for a path that names no parameter, or that has fewer blocks than asked for.
+    A path of tied weights (`llm.lm_head` where it is the embedding) is left out if the weights' own path says the same.
+    ValueError if it does not, for a path that names no parameter, or that has fewer blocks than asked for.
     """
     names = [name for name, _ in model.named_parameters()]
     given: Table = {}
     spelt: Table = {}
     for path, rule in table.items():
         if not any(below(name, path) for name in names):
-            raise ValueError(f"train.{path}: the model has no parameter below this path")
+            check_tied(model, path, table)
+            continue
         if rule is None or rule.last is None:
             given[path] = rule
             continue
@@ -69,6 +71,18 @@ def resolve(model: nn.Module, table: Table) -> Table:
         for tower in towers(model, path):
             spelt |= dict.fromkeys(last_blocks(model, tower, rule.last), replace(rule, last=None))
     return {**spelt, **given}
+
+
+def check_tied(model: nn.Module, path: str, table: Table) -> None:
+    """ValueError unless everything below `path` is tied to parameters that train by an equal rule."""
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    twins = {own[id(parameter)] for name, parameter in everything if below(name, path)}
+    if not twins:
+        raise ValueError(f"train.{path}: the model has no parameter below this path")
+    for twin in sorted(twins):
+        if rule_of(twin, table) != table[path]:
+            raise ValueError(f"train.{path}: these weights are tied to {twin}, give both the same rate")
 
 
 def towers(model: nn.Module, path: str) -> list[str]:
