@@ -90,7 +90,7 @@ def main() -> None:
     except CONFIG_ERRORS as error:
         sys.exit(f"error: {explain(error)}")
     evaluate_run(run, config)
-    console.print(f"predictions: {run / 'eval'}")
+    console.print(f"predictions: {run / 'eval'}", soft_wrap=True)
 
 
 if __name__ == "__main__":

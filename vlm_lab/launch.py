@@ -43,7 +43,7 @@ def launch(config: Config) -> float:
     reused = [name for name, key in keys.items() if store.has(key)]
     prepare(run, config, inputs)
     if config.ablation is None:  # a sweep has a table of its own
-        console.print(f"run [bold]{run}[/]")
+        console.print(f"run [bold]{run}[/]", soft_wrap=True)
     try:
         train_and_evaluate(config, run, inputs, store)
     except subprocess.CalledProcessError as error:
@@ -55,7 +55,7 @@ def launch(config: Config) -> float:
     body = {"status": "ok", "metrics": metrics, "stages": stages, "wall_s": time.time() - started}
     write_result(run, config, body)
     if config.ablation is None:
-        console.print(f"results: {run / RESULT}")
+        console.print(f"results: {run / RESULT}", soft_wrap=True)  # a path to copy
     return metrics["eval/avg"]
 
 
