@@ -62,6 +62,7 @@ def fit(run: Path, arguments: tuple[str, ...], env: dict[str, str], group: bool)
     if group:
         os.setpgid(0, 0)
     os.environ |= {**env, "HF_HUB_OFFLINE": "1"}
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that was not forked
     log = os.open(run / f"log-{env['RANK']}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
