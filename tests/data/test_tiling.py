@@ -75,6 +75,7 @@ def test_onevision_several_images_and_videos() -> None:
     assert [layout.num_tokens for layout in tiling.layouts([(640, 480)] * 3, ONE_VISION)] == [730] * 3
     assert tiling.video(1000, ONE_VISION).num_tokens == 32 * 196 + 1
     assert tiling.video(5, ONE_VISION).num_tokens == 5 * 196 + 1
+    assert AnyResMax(6, 9, 10, pool=1).video(99, ONE_VISION).num_tokens == 10 * 729 + 1
 
 
 @pytest.mark.parametrize(("picture", "tokens"), [((640, 480), 2929), ((384, 384), 1513), ((1920, 1080), 2379)])

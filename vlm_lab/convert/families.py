@@ -91,6 +91,8 @@ def llava_next(vlm: VLM, tiling: Any) -> dict[str, Any]:
 
 
 def onevision(vlm: VLM, tiling: Any) -> dict[str, Any]:
+    if tiling.pool != 2:
+        raise ValueError(f"not expressible as LLaVA-OneVision: tiling.pool = {tiling.pool}, its videos are pooled by 2")
     ratio = f"anyres_max_{tiling.cap}"
     return {
         **parts.projector(vlm, "LLaVA-OneVision"),

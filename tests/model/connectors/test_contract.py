@@ -9,6 +9,7 @@ from vlm_lab.model.connectors import Connector
 from vlm_lab.model.connectors.c_abstractor import CAbstractor
 from vlm_lab.model.connectors.concat import Concat
 from vlm_lab.model.connectors.ldp import LDPv2
+from vlm_lab.model.connectors.mapping import MappingNetwork
 from vlm_lab.model.connectors.mining import PatchInfoMining
 from vlm_lab.model.connectors.perceiver import Perceiver
 from vlm_lab.model.connectors.pool import AveragePool, MLPDownsample
@@ -27,6 +28,7 @@ BUILDS: dict[str, Callable[[], Connector]] = {
     "perceiver": lambda: Perceiver(ONE, OUT, **TINY_PERCEIVER),
     "perceiver_linear_two": lambda: Perceiver(TWO, OUT, mlp=False, **TINY_PERCEIVER),
     "qformer": lambda: QFormer(ONE, OUT, queries=3, hidden=16, depth=3, heads=2, mlp_hidden=32),
+    "mapping": lambda: MappingNetwork(ONE, OUT, constants=3, hidden=16, depth=2, heads=2),
     "c_abstractor": lambda: CAbstractor(ONE, OUT, side=4, blocks=2, hidden=16, positions=6),
     "ldp": lambda: LDPv2(ONE, OUT, side=4),
     "concat": lambda: Concat(TWO, OUT, side=None),

@@ -53,16 +53,17 @@ class AnyRes(Tiling):
 class AnyResMax(AnyRes):
     """LLaVA-OneVision. Canvases of 1 to `largest` rows and columns; `cap`: the tiles' tokens, in views.
 
-    One image is tiled; each of several is one padded view. Videos: at most `frames` frames, each view's map halved.
+    One image is tiled; each of several is one padded view. Videos: at most `frames` frames, the sides of each map
+    divided by `pool`, rounded up.
     """
 
     rescales = True
     videos = True
 
-    def __init__(self, largest: int, cap: int, frames: int) -> None:
+    def __init__(self, largest: int, cap: int, frames: int, pool: int = 2) -> None:
         span = range(1, largest + 1)
         super().__init__([(rows, columns) for columns in span for rows in span])
-        self.cap, self.frames = cap, frames
+        self.cap, self.frames, self.pool = cap, frames, pool
 
     def layouts(self, sizes: Sequence[Size], view: View) -> list[Layout]:
         if len(sizes) == 1:
@@ -78,7 +79,7 @@ class AnyResMax(AnyRes):
 
     def video(self, frames: int, view: View) -> Layout:
         h, w = view.grid
-        frame = replace(single(view), size=(-(-h // 2), -(-w // 2)))
+        frame = replace(single(view), size=(-(-h // self.pool), -(-w // self.pool)))
         return Layout((*[frame] * (min(frames, self.frames) - 1), replace(frame, newline="end")))
 
     def render(self, image: Image.Image, layout: Layout, eye: Eye) -> list[Image.Image]:
