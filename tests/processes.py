@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,30 @@ def run_folder(output: Path, cache: Path, *overrides: str) -> Path:
     return run
 
 
-def start(run: Path, *arguments: str, rank: int = 0, world: int = 1, port: int = 0, group: bool = False) -> BaseProcess:
-    """`python -m vlm_lab.fit RUN arguments` as one of `world` processes; `group`: in a process group of its own."""
+def start(
+    run: Path,
+    *arguments: str,
+    rank: int = 0,
+    world: int = 1,
+    port: int = 0,
+    group: bool = False,
+    before: Callable[[], None] | None = None,
+) -> BaseProcess:
+    """`python -m vlm_lab.fit RUN arguments` as one of `world` processes; `group`: in a process group of its own.
+
+    `before` is called in the process first, to change what a test is about.
+    """
     env = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     if world > 1:
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    process = SERVER.Process(target=fit, args=(run, arguments, {k: str(v) for k, v in env.items()}, group))
+    process = SERVER.Process(target=fit, args=(run, arguments, {k: str(v) for k, v in env.items()}, group, before))
     process.start()
     return process
 
 
-def fit(run: Path, arguments: tuple[str, ...], env: dict[str, str], group: bool) -> None:
+def fit(
+    run: Path, arguments: tuple[str, ...], env: dict[str, str], group: bool, before: Callable[[], None] | None
+) -> None:
     if group:
         os.setpgid(0, 0)
     os.environ |= {**env, "HF_HUB_OFFLINE": "1"}
@@ -71,11 +85,13 @@ def fit(run: Path, arguments: tuple[str, ...], env: dict[str, str], group: bool)
     from vlm_lab import fit as worker
 
     torch.set_num_threads(1)
+    if before is not None:
+        before()
     sys.argv = ["fit", str(run), *arguments]
     worker.main()
 
 
-def start_tree(run: Path, stage: str, world: int) -> list[BaseProcess]:
+def start_tree(run: Path, stage: str, world: int, before: Callable[[], None] | None = None) -> list[BaseProcess]:
     """What torchrun does for one stage, which is written to the store's scratch folder."""
     store, keys = store_of(run)
     folder = store.partial(keys[stage])
@@ -84,15 +100,15 @@ def start_tree(run: Path, stage: str, world: int) -> list[BaseProcess]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ("--stage", stage, "--into", str(folder))
-    return [start(run, *arguments, rank=rank, world=world, port=port) for rank in range(world)]
+    return [start(run, *arguments, rank=rank, world=world, port=port, before=before) for rank in range(world)]
 
 
-def train_tree(run: Path, stage: str, world: int, timeout: float) -> None:
+def train_tree(run: Path, stage: str, world: int, timeout: float, before: Callable[[], None] | None = None) -> None:
     """Train one stage in `world` processes and put it in the store. Fails if a process does, or hangs."""
     store, keys = store_of(run)
 
     def train(folder: Path) -> None:
-        finish(start_tree(run, stage, world), run, timeout)
+        finish(start_tree(run, stage, world, before), run, timeout)
 
     store.obtain(keys[stage], train)
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ROOT, max_difference
 from PIL import Image
 from safetensors.torch import load_file
@@ -151,24 +150,18 @@ def test_evaluate_works_from_the_run_folder_alone(
 
 
 def test_two_processes_equal_one(output: Path, tmp_path: Path, finished: subprocess.CompletedProcess[str]) -> None:
-    """Two gloo processes on the same global batches: losses and weights as the single process's, within 1e-4 relative
-    to float32's order of summation."""
-    train(tmp_path, "trainer.devices=2", "eval.images=[real]")
+    """One torchrun tree of two processes on the same global batches; tests/test_strategies.py has the other cases."""
+    train(tmp_path, "trainer.devices=2", "stage=[align]", "eval.images=[real]", "eval.limit=1")
     one, two = only_run(output), only_run(tmp_path)
-    result = json.loads((two / "result.json").read_text())
-    assert result["world_size"] == 2
-    assert result["stages"]["instruct"]["world_size"] == 2
-    assert (
-        result["stages"]["instruct"]["key"]
-        == json.loads((one / "result.json").read_text())["stages"]["instruct"]["key"]
-    )
+    result, single = (json.loads((run / "result.json").read_text()) for run in (two, one))
+    assert result["world_size"] == result["stages"]["align"]["world_size"] == 2
+    assert result["stages"]["align"]["key"] == single["stages"]["align"]["key"]
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
     ]
-    weights = [load_file(run / "stages" / "instruct" / "model.safetensors") for run in (one, two)]
-    assert losses[1] == pytest.approx(losses[0] or losses[1], rel=1e-4)
+    weights = [load_file(run / "stages" / "align" / "model.safetensors") for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0][:2], rel=1e-4)
     assert max(max_difference(weights[0][name], weights[1][name]) for name in weights[0]) < 2e-4
-    assert all(torch.isfinite(tensor).all() for tensor in weights[1].values())
 
 
 def test_a_failing_stage_is_recorded(tmp_path: Path) -> None:

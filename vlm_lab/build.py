@@ -136,10 +136,10 @@ def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback
     from lightning import Trainer
 
     from vlm_lab.callbacks import AtomicFiles
-    from vlm_lab.strategies import strategy
+    from vlm_lab.strategies import leave_inputs, strategy
 
     options = config.trainer
-    return Trainer(
+    built = Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         strategy=strategy(options),
@@ -155,6 +155,8 @@ def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    leave_inputs(built)
+    return built
 
 
 def logger(config: Config, run: Path) -> WandbLogger | None:

@@ -63,7 +63,12 @@ class VLMTraining(LightningModule):
         self.step_ids += batch.ids
         loss = self.vlm(batch) / self.total
         self.step_loss += loss.detach()
-        return loss * batch.parts * self.trainer.world_size  # undoes Lightning's 1 / parts and the mean over processes
+        return loss * self.divided_by(batch.parts)
+
+    def divided_by(self, parts: int) -> int:
+        """What the gradient will be divided by: Lightning does it by a step's rows, DeepSpeed does it once more."""
+        deepspeed = hasattr(self.trainer.strategy, "deepspeed_engine")
+        return parts ** (2 if deepspeed else 1) * self.trainer.world_size
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum")

@@ -64,6 +64,11 @@ class Zero(DeepSpeedStrategy):
             in_place(partial, path)
 
 
+def leave_inputs(trainer: Trainer) -> None:
+    """Batches hold integers alone: there is nothing to convert, and Lightning cannot look into frozen dataclasses."""
+    setattr(trainer.strategy.precision_plugin, "convert_input", lambda batch: batch)  # noqa: B010
+
+
 def optimized(trainer: Trainer) -> list[nn.Parameter]:
     """The model's parameters that the optimizer steps (ZeRO's own groups hold flat shards of them)."""
     (optimizer,) = trainer.optimizers
@@ -83,8 +88,8 @@ def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of a parameter that trains under ZeRO its fp32 original, not the rounded copy in use."""
     if not is_sharded(tensor):
         return tensor.detach()
+    from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     if tensor.requires_grad and (original := safe_get_full_fp32_param(tensor)) is not None:
         return original.detach().view(getattr(tensor, "ds_shape", tensor.shape))
@@ -104,4 +109,4 @@ class Consolidate(Callback):
             if is_sharded(parameter):
                 tensor = whole(parameter)
                 if trainer.is_global_zero:
-                    parameter.data = tensor.cpu()
+                    parameter.data = tensor.to("cpu", copy=True)

@@ -1,7 +1,7 @@
 """What an encoder hands to a connector: tokens that know where on the image they sit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from torch import Tensor
 from vlm_lab.batch import Grid, Layout, unpadded
 
 
-@dataclass
-class FeatureMap:
+class FeatureMap(NamedTuple):
     """Patch tokens of V views. `tokens [V, N, C]` are row-major over `grid (h, w)`, N == h * w.
 
-    `mask [V, N]` is True on real patches; None means that every patch is real (no padding).
+    `mask [V, N]` is True on real patches; None means that every patch is real (no padding). A tuple, because ZeRO-3
+    looks for tensors in what modules return, and does not look into other classes.
     """
 
     tokens: Tensor
@@ -26,7 +26,7 @@ def without_padding(feature: FeatureMap, layouts: Sequence[Layout]) -> FeatureMa
     if all(layout.padded is None for layout in layouts):
         return feature
     views = [real(layout.padded, feature.grid) for layout in layouts for _ in range(layout.views)]
-    return replace(feature, mask=torch.stack(views).to(feature.tokens.device))
+    return feature._replace(mask=torch.stack(views).to(feature.tokens.device))
 
 
 def real(size: tuple[int, int] | None, grid: Grid) -> Tensor:

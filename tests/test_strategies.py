@@ -1,0 +1,194 @@
+"""DDP, ZeRO-2 and ZeRO-3 in two real processes: what one process trains, exact resume, and processes that never hang.
+
+Two stages of a VLM whose connector also works inside the LLM: first all of it trains, then the connector and LoRA, with
+the encoder frozen. Steps mix texts, questions on one image and on several, so that the ranks' rows differ in images.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import max_difference
+from processes import finish, lines, run_folder, start, start_tree, store_of, train_tree
+from safetensors.torch import load_file
+
+from vlm_lab import build, schema
+from vlm_lab.callbacks import latest
+from vlm_lab.data.mixture import Mixture
+
+STAGES, STEPS, BATCH = ("align", "instruct"), 4, 4
+BASE = [
+    "connector=sva",
+    "connector.side=2",
+    "connector.hidden=16",
+    "connector.heads=2",
+    "connector.depth=1",
+    "llm.shape.num_hidden_layers=3",
+    "data=scenes_interleaved",
+    *(f"data.sources.{name}.size=40" for name in ("comparisons", "documents", "text")),
+    "data.tasks.multi_image.size=8",
+    "+data.mixtures.caption.comparisons=1.0",
+    "+data.mixtures.caption.text=2.0",
+    *(f"stages.{name}.steps={STEPS}" for name in STAGES),
+    "stages.align.micro_batch=1",
+    "stages.instruct.train.encoder=null",
+    "stages.instruct.train.llm={lr:1.0e-3,adapt:lora,rank:2}",
+    "trainer.num_workers=0",
+    "eval.limit=2",
+    "eval.images=[real]",
+]
+STRATEGIES = ("ddp", "zero2", "zero3")
+
+
+def overrides(strategy: str) -> list[str]:
+    return [*BASE, "trainer.devices=2", f"trainer.strategy={strategy}", "++trainer.checkpoint_every=2"]
+
+
+def shard_everything() -> None:
+    """DeepSpeed keeps small parameters whole, and here all are small: ZeRO-3 would hide what it does to large ones."""
+    from vlm_lab import strategies
+
+    made = strategies.Zero.__init__
+
+    def without_exceptions(self: strategies.Zero, *args: object, **kwargs: object) -> None:
+        made(self, *args, **kwargs)
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    strategies.Zero.__init__ = without_exceptions
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="module")
+def single(output: Path, cache: Path) -> Path:
+    run = run_folder(output / "one", cache, *BASE)
+    finish([start(run)], run, 120)
+    return run
+
+
+@pytest.fixture(scope="module")
+def double(output: Path, cache: Path) -> dict[str, Path]:
+    """The same stages in two processes, under every strategy."""
+    runs = {name: run_folder(output / name, cache, *overrides(name)) for name in STRATEGIES}
+    for name, run in runs.items():
+        for stage in STAGES:
+            train_tree(run, stage, 2, 120, shard_everything if name == "zero3" else None)
+    return runs
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    store, keys = store_of(run)
+    return load_file(store.path(keys[stage]) / "model.safetensors")
+
+
+def numbers(run: Path, stage: str) -> list[tuple[int, float, float, float]]:
+    store, keys = store_of(run)
+    text = (store.path(keys[stage]) / "metrics.jsonl").read_text()
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in map(json.loads, text.splitlines())]
+
+
+def images_of_rows(run: Path, stage: str) -> list[list[tuple[int, ...]]]:
+    """For each step, each rank's number of images per row."""
+    config = schema.load(run / "config.yaml")
+    mixed = config.data.mixtures[config.stages[stage].mixture]
+    sources = [build.sources(config)[name] for name in mixed]
+    mixture = Mixture([len(source) for source in sources], list(mixed.values()), config.seed)
+    drawn = [mixture[draw] for draw in range(STEPS * BATCH)]
+    counts = [len(sources[source][index].images) for source, index in drawn]
+    return [[tuple(counts[step + rank : step + BATCH : 2]) for rank in (0, 1)] for step in range(0, len(counts), BATCH)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one(single: Path, double: dict[str, Path], strategy: str, stage: str) -> None:
+    """Losses, gradient norms (accumulated over rows) and weights, within float32's order of summation."""
+    run = double[strategy]
+    assert store_of(run)[1] == store_of(single)[1]
+    for mine, one in zip(numbers(run, stage), numbers(single, stage), strict=True):
+        assert mine == pytest.approx(one, rel=1e-4)
+    ours, expected = weights(run, stage), weights(single, stage)
+    assert ours.keys() == expected.keys()  # frozen ones, too
+    assert max(max_difference(ours[name], expected[name]) for name in expected) < 2e-4
+
+
+def test_frozen_weights_pass_through(double: dict[str, Path]) -> None:
+    """Bit for bit from the first stage's file to the second's; adapters are merged, so what they adapt has moved."""
+    for run in double.values():
+        first, second = weights(run, "align"), weights(run, "instruct")
+        assert first.keys() == second.keys()
+        same = {name for name in first if torch.equal(first[name], second[name])}
+        assert {name for name in first if name.startswith("encoder.")} <= same
+        assert "llm.model.norm.weight" in same
+        assert "llm.model.layers.0.mlp.up_proj.weight" not in same
+
+
+def test_the_ranks_rows_did_differ(double: dict[str, Path]) -> None:
+    """What was trained above had a text-only row beside one with images, and rows with different numbers of images."""
+    rows = [pair for ranks in images_of_rows(double["zero3"], "align") for pair in zip(*ranks, strict=True)]
+    assert any(0 in pair and max(pair) > 0 for pair in rows)
+    assert any(0 not in pair and len(set(pair)) == 2 for pair in rows)
+
+
+def test_evaluation_after_zero3(double: dict[str, Path], single: Path) -> None:
+    """The sharded stages are whole in the store: generation from them answers as after training in one process."""
+    run = double["zero3"]
+    finish([start(run)], run, 120)
+    for task in ("scenes", "multi_image"):
+        ours, theirs = ((r / "eval" / f"{task}.real.jsonl").read_text() for r in (run, single))
+        assert len(ours.splitlines()) == 2
+        assert [json.loads(line)["id"] for line in ours.splitlines()] == [
+            json.loads(line)["id"] for line in theirs.splitlines()
+        ]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_killed_and_resumed(double: dict[str, Path], tmp_path: Path, cache: Path, strategy: str) -> None:
+    """Killed behind a checkpoint; the continued stage has the same losses and weights, bit for bit."""
+    before = shard_everything if strategy == "zero3" else None
+    run = run_folder(tmp_path, cache, *overrides(strategy))
+    store, keys = store_of(run)
+    processes = start_tree(run, "align", 2, before)
+    while len(lines(run)) < 3 and all(process.is_alive() for process in processes):
+        time.sleep(0.002)
+    for process in processes:
+        process.kill()
+        process.join()
+    found = latest(store.partial(keys["align"]) / "checkpoints")
+    assert found is not None and found.stem == "step-2"
+    train_tree(run, "align", 2, 120, before)
+    assert numbers(run, "align") == numbers(double[strategy], "align")
+    ours, expected = weights(run, "align"), weights(double[strategy], "align")
+    assert [name for name, tensor in expected.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def unguarded() -> None:
+    """A text-only row skips the encoder, as it does in code bases whose users report deadlocks."""
+    from vlm_lab.batch import Batch
+    from vlm_lab.model import vlm
+
+    shard_everything()
+    forward = vlm.VLM.forward
+
+    def skipping(self: vlm.VLM, batch: Batch) -> torch.Tensor:
+        if batch.layouts:
+            return forward(self, batch)
+        return self.llm(input_ids=batch.input_ids).logits.sum()
+
+    vlm.VLM.forward = skipping
+
+
+def test_without_the_guard_it_hangs_and_the_rank_is_named(tmp_path: Path, cache: Path) -> None:
+    run = run_folder(tmp_path, cache, *overrides("zero3"), "++trainer.timeout_s=5")
+    processes = start_tree(run, "align", 2, unguarded)
+    started = time.time()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    assert time.time() - started < 60
+    reason = json.loads((run / "failure.json").read_text())["reason"]
+    assert "is behind (rank 0: " in reason
