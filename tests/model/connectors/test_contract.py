@@ -82,10 +82,10 @@ def test_masked_patches_have_no_influence(
 
 
 def test_a_view_of_padding_only_gives_no_nan(connector: Connector, features: dict[str, FeatureMap]) -> None:
-    for feature in features.values():
-        feature.mask = torch.ones(feature.tokens.shape[:2], dtype=torch.bool)
-        feature.mask[1] = False
-        feature.tokens.requires_grad_()
+    for name, feature in features.items():
+        mask = torch.ones(feature.tokens.shape[:2], dtype=torch.bool)
+        mask[1] = False
+        features[name] = FeatureMap(feature.tokens.requires_grad_(), feature.grid, mask)
     connector(features).sum().backward()
     assert all(feature.tokens.grad.isfinite().all() for feature in features.values())
     assert all(parameter.grad.isfinite().all() for parameter in connector.parameters())

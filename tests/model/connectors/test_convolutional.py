@@ -108,7 +108,7 @@ def test_c_abstractor_pools_real_patches_only(make_feature: Callable[..., Featur
     )
     connector.before, connector.after = nn.Identity(), nn.Identity()
     connector.positions.data.zero_()
-    feature.mask = torch.arange(16)[None] < 12
+    feature = feature._replace(mask=torch.arange(16)[None] < 12)
     lower_left = connector.project(feature.tokens[0, [8, 9]].mean(0))
     torch.testing.assert_close(connector({"a": feature})[0, 2], lower_left)
 
@@ -131,7 +131,7 @@ def test_ldp_v2_padding_acts_like_the_border(
 ) -> None:
     """A padded square and the cropped image give the same tokens on the rows that are kept."""
     connector, feature = randomise(LDPv2({"a": 4}, 6, side=4)), make_feature((8, 8), 4)
-    feature.mask = rows_mask((8, 8), 6)
+    feature = feature._replace(mask=rows_mask((8, 8), 6))
     padded = connector({"a": feature})[:, :12]
     monkeypatch.setattr(connector, "grid", lambda grids: (3, 4))
     cropped = connector({"a": FeatureMap(feature.tokens[:, :48], (6, 8))})

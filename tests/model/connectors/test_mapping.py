@@ -33,7 +33,7 @@ def test_formula(make_feature: Callable[..., FeatureMap]) -> None:
     torch.manual_seed(0)
     connector = MappingNetwork({"a": 10}, 6, constants=3, hidden=16, depth=2, heads=4).double()
     feature = make_feature((2, 4), 10, views=2)
-    feature.mask = torch.arange(8)[None] < torch.tensor([[8], [5]])
+    feature = feature._replace(mask=torch.arange(8)[None] < torch.tensor([[8], [5]]))
     expected = [by_hand(connector, tokens[mask], 4) for tokens, mask in zip(feature.tokens, feature.mask, strict=True)]
     for mode in (connector.train(), connector.eval()):
         with torch.no_grad():

@@ -50,7 +50,7 @@ def test_same_as_transformers(
     if masked:
         mask[1, 9:] = False
         mask[2, ::2] = False
-        feature.mask = mask
+        feature = feature._replace(mask=mask)
     with torch.no_grad():
         expected = reference(feature.tokens, mask)
         out = ours(reference)({"siglip": feature})
@@ -62,7 +62,7 @@ def test_padding_one_image_does_not_change_another(
 ) -> None:
     small, connector = make_feature((2, 3), 20, dtype=torch.float32), ours(reference)
     padded = FeatureMap(torch.cat([small.tokens, torch.full((2, 4, 20), 50.0)], 1), (2, 5), torch.arange(10)[None] < 6)
-    padded.mask = padded.mask.expand(2, -1)
+    padded = padded._replace(mask=padded.mask.expand(2, -1))
     torch.testing.assert_close(connector({"siglip": padded}), connector({"siglip": small}), rtol=1e-5, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_several_encoders_are_one_sequence(make_feature: Callable[..., FeatureMa
     one.load_state_dict({k: v for k, v in two.state_dict().items() if "projection.b" not in k})
     two.modality_projection["b"].load_state_dict(two.modality_projection["a"].state_dict())
     a, b = make_feature((2, 2), 6, seed=1), make_feature((1, 3), 6, seed=2)
-    b.mask = torch.tensor([[True, True, False]] * 2)
+    b = b._replace(mask=torch.tensor([[True, True, False]] * 2))
     mask = torch.cat([torch.ones(2, 4, dtype=torch.bool), b.mask], 1)
     joined = FeatureMap(torch.cat([a.tokens, b.tokens], 1), (1, 7), mask)
     torch.testing.assert_close(two({"b": b, "a": a}), one({"a": joined}))

@@ -21,7 +21,7 @@ def test_pool_is_the_mean_of_each_block(setting: dict[str, int], make_feature: C
 def test_pool_averages_real_patches_only(make_feature: Callable[..., FeatureMap]) -> None:
     """3 of 4 rows are real: the lower cells average one row of two patches, not two rows."""
     feature = make_feature((4, 4), 5, views=1)
-    feature.mask = torch.arange(16)[None] < 12
+    feature = feature._replace(mask=torch.arange(16)[None] < 12)
     connector = AveragePool({"a": 5}, 7, side=2).double()
     lower_left = connector.project(feature.tokens[0, [8, 9]].mean(0))
     torch.testing.assert_close(connector({"a": feature})[0, 2], lower_left)

@@ -54,7 +54,7 @@ def test_same_as_transformers(
     assert not unexpected and {name.split(".")[0] for name in missing} == {"queries", "ln_vision", "project"}
     connector.project = torch.nn.Identity()
     feature = make_feature((2, 4), 10, views=3, dtype=torch.float32)
-    feature.mask = torch.arange(8)[None] < torch.tensor([[8], [5], [1]]) if masked else None
+    feature = feature._replace(mask=torch.arange(8)[None] < torch.tensor([[8], [5], [1]]) if masked else None)
     with torch.no_grad():
         expected = reference(
             query_embeds=connector.queries.expand(3, -1, -1),

@@ -113,7 +113,7 @@ def test_tokens_follow_the_formulas(
 ) -> None:
     sva = make_sva(groups=groups, depth=2)
     for name, feature in features.items():
-        feature.mask = masks[name] if masked else None
+        features[name] = feature._replace(mask=masks[name] if masked else None)
     out = sva(features)
     for view in range(2):
         reference, joined = Reference(sva, features, view), []
@@ -129,7 +129,7 @@ def test_tokens_follow_the_formulas(
 def test_llm_blocks_follow_the_formulas(features: dict[str, FeatureMap], masks: dict[str, Tensor]) -> None:
     sva, hidden = make_sva(depth=1), torch.randn(2, SIDE**2, 10, dtype=torch.float64)
     for name, feature in features.items():
-        feature.mask = masks[name]
+        features[name] = feature._replace(mask=masks[name])
     block = sva.layer_blocks(5)[3]
     out = block(hidden, sva.memory(features))
     for view in range(2):
@@ -163,8 +163,8 @@ def test_padded_square_equals_cropped(features: dict[str, FeatureMap], rows_mask
     block, kept = sva.layer_blocks(5)[0], {"a": 6, "b": 24}  # two of three rows of cells
     maps = sva.memory(features)
     cropped = {k: FeatureMap(f.tokens[:, : kept[k]], (f.grid[0] * 2 // 3, f.grid[1])) for k, f in maps.items()}
-    for feature in maps.values():
-        feature.mask = rows_mask(feature.grid, feature.grid[0] * 2 // 3)
+    for name, feature in maps.items():
+        maps[name] = feature._replace(mask=rows_mask(feature.grid, feature.grid[0] * 2 // 3))
     torch.testing.assert_close(block(hidden, maps)[:, :6], block(hidden[:, :6], cropped))
 
 
