@@ -75,9 +75,11 @@ def tiny_vlm(llm: str = "qwen2", dtype: torch.dtype = torch.float32) -> VLM:
 
 
 def composed(*overrides: str) -> DictConfig:
+    """A configuration without the pretraining of what has no weights, unless `bootstrap` is among the overrides."""
     schema.register_resolvers()
+    start = [] if any(o.startswith("bootstrap=") for o in overrides) else ["bootstrap=[]"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+        return compose("train", overrides=[*start, *overrides])
 
 
 def max_difference(a: Tensor, b: Tensor) -> float:

@@ -11,6 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "lightning", "transformers", "timm", "wandb", "deepspeed"}
 TORCH_FREE = [
     "schema",
+    "stages",
     "compat",
     "components",
     "explain",
@@ -72,7 +73,9 @@ def test_direction(path: Path) -> None:
         "module": {"model", "batch", "schema", "components"},
         "strategies": {"schema", "files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies", "files", "pulses"},
-        "schema": {"ablation", "components", "compat"},
+        "schema": {"ablation", "components", "compat", "stages"},
+        "stages": {"components"},
+        "encoder_module": {"module", "batch"},
         "ablation": set(),
         "stats": set(),
         "verdict": {"stats"},
@@ -80,7 +83,7 @@ def test_direction(path: Path) -> None:
         "components": set(),
         "explain": set(),
         "console": set(),
-        "store": {"store", "schema", "console", "files"},
+        "store": {"store", "schema", "stages", "console", "files"},
         "files": set(),
         "pulses": set(),
     }

@@ -31,7 +31,7 @@ COMPANIONS = {  # what an option cannot be without
 @pytest.mark.parametrize("scale", ["tiny", "full"])
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes_and_binds(group: str, option: str, scale: str, tmp_path: Path) -> None:
-    value = f"[{option}]" if group in ("encoder", "stage") else option
+    value = f"[{option}]" if group in ("encoder", "stage", "bootstrap") else option
     extra = [f"data.path={tmp_path}"] * (option in NEEDS_PATH) + COMPANIONS.get((group, option), [])
     choice = f"{group}={value}" if group != "scale" else f"scale={option}"
     config = schema.check(composed(*([] if group == "scale" else [f"scale={scale}"]), choice, *extra))

@@ -17,6 +17,7 @@ from vlm_lab.sweep import Job, in_order, last_line, source
 
 FILES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
 SMALL = [
+    "bootstrap=[]",
     *("encoder.siglip.width=32", "encoder.siglip.depth=2", "encoder.siglip.image_size=32"),
     *("llm.shape.hidden_size=32", "llm.shape.intermediate_size=64", "llm.shape.num_hidden_layers=2"),
     *("data.sources.captions.size=40", "data.sources.questions.size=40", "data.tasks.scenes.size=16"),

@@ -101,6 +101,10 @@ class Batch(OnDevice):
     parts: int = 1
     bad: list[Any] = field(default_factory=list)  # records that could not be used
 
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
 
 @dataclass
 class CaptionBatch(OnDevice):
@@ -122,6 +126,11 @@ class CaptionBatch(OnDevice):
     bad: list[Any] = field(default_factory=list)
     part: ClassVar[int] = 0  # of `parts`: a contrastive loss needs the step as one batch
     parts: ClassVar[int] = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the texts and captions that are read or written, padding included, and of nothing else."""
+        return self.raw.numel() + self.synthetic.numel() + self.targets.numel()
 
     def __getitem__(self, part: slice) -> Self:
         """Some of the pairs."""

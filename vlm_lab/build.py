@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from vlm_lab.data.loader import Loader
-    from vlm_lab.data.process import Processor
+    from vlm_lab.data.mixture import Mixture
+    from vlm_lab.data.process import Processor, TextProcessor
     from vlm_lab.data.sample import Source
     from vlm_lab.model.vlm import VLM
     from vlm_lab.wandb_logger import WandbLogger
@@ -117,18 +118,29 @@ def processor(config: Config, model: VLM, tokens: PreTrainedTokenizerFast, stage
     return Processor(chat, make(tiling), eyes, grid, stage.max_tokens if stage else sys.maxsize)
 
 
-def loader(config: Config, stage: Stage, process: Processor, rank: int, world: int) -> Loader:
+def loader(config: Config, stage: Stage, process: Processor | TextProcessor, rank: int, world: int) -> Loader:
     """The training loader of one stage for one process."""
     from vlm_lab.data.loader import Loader, Records
+
+    used, mixed = mixture(config, stage)
+    records = Records(used, mixed, process, config.data.shuffle_turns)
+    workers = config.trainer.num_workers
+    return Loader(records, steps(stage, used), stage.batch, stage.micro_batch, rank, world, workers)
+
+
+def mixture(config: Config, stage: Stage) -> tuple[list[Source], Mixture]:
+    """The sources that a stage draws from, and how."""
     from vlm_lab.data.mixture import Mixture
 
     weights = config.data.mixtures[stage.mixture]
     built = sources(config)
     used = [built[name] for name in weights]
-    mixture = Mixture([len(source) for source in used], list(weights.values()), config.seed)
-    steps = stage.steps or max(1, round((stage.epochs or 0) * sum(map(len, used)) / stage.batch))
-    records = Records(used, mixture, process, config.data.shuffle_turns)
-    return Loader(records, steps, stage.batch, stage.micro_batch, rank, world, config.trainer.num_workers)
+    return used, Mixture([len(source) for source in used], list(weights.values()), config.seed)
+
+
+def steps(stage: Stage, used: list[Source]) -> int:
+    """Optimizer steps: given, or so many that `epochs` passes over the sources are made."""
+    return stage.steps or max(1, round((stage.epochs or 0) * sum(map(len, used)) / stage.batch))
 
 
 def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback]) -> Trainer:

@@ -35,6 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def advice(config: Config, stage: str) -> str:
     """What to change when a stage is out of memory, cheapest first."""
     micro, trainer = config.stages[stage].micro_batch, config.trainer
+    stage = stage.partition(".")[0]  # as the command line calls what is spelt out per encoder
     options = [f"stages.{stage}.micro_batch={micro // 2} (now {micro}, same result)"] if micro > 1 else []
     if not trainer.gradient_checkpointing:
         options.append("trainer.gradient_checkpointing=true (same result, a third slower)")

@@ -23,15 +23,16 @@ from typing import Any
 
 import torch
 from lightning import seed_everything
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 
-from vlm_lab import build, schema
+from vlm_lab import build, parts, schema
 from vlm_lab.callbacks import BadRecords, Checkpoints, Contract, Meter, Preempted, Pulse, latest
 from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
 from vlm_lab.model import adapt, freeze
 from vlm_lab.module import VLMTraining
+from vlm_lab.stages import parents
 from vlm_lab.store import CHECKPOINTS, INPUTS, RECORD, Store
 from vlm_lab.strategies import Consolidate
 
@@ -74,7 +75,7 @@ def fit(run: Path, stage: str | None = None, into: Path | None = None) -> None:
         worker.train(stage, into)
     else:
         worker.train_missing()
-        evaluate_run(run, worker.config, worker.logger)
+        worker.evaluate()
     if worker.logger is not None:
         worker.logger.finish()
 
@@ -99,31 +100,36 @@ class Worker:
         curves = [(self.store.path(key) / METRICS).read_text() for key in self.keys.values()]
         (self.run / METRICS).write_text("".join(curves))  # those of reused stages too
 
+    def evaluate(self) -> None:
+        """Scores of the model that the last stage left; none if that only pretrained a part."""
+        if list(self.config.stages.values())[-1].part is None:
+            evaluate_run(self.run, self.config, self.logger)
+        else:
+            (self.run / "evaluation.json").write_text(json.dumps({"metrics": {"eval/avg": float("nan")}}))
+
     def train(self, name: str, folder: Path) -> None:
         """Build, load what the stage before left, freeze, train or continue, and write plain weights to `folder`."""
         config, stage = self.config, self.config.stages[name]
         seed_everything(config.seed, verbose=False)
-        vlm, tokenizer = build.vlm(config), build.tokenizer(config)
-        before = list(self.keys)[: list(self.keys).index(name)]
-        if before:
-            load_model(vlm, self.store.path(self.keys[before[-1]]) / "model.safetensors")
-        else:
-            build.start(config, vlm)
-        process = build.processor(config, vlm, tokenizer, stage)
-        loader = build.loader(config, stage, process, RANK, WORLD)
+        made = parts.stage_parts(config, stage)
+        before = [(self.store.path(self.keys[other]), config.stages[other]) for other in parents(config.stages, name)]
+        parts.start(config, stage, made.model, dict(before))
+        loader = made.loader(RANK, WORLD)
         zero3 = config.trainer.strategy.startswith("zero3")
-        module = VLMTraining(vlm, stage, loader.steps, zero3 if config.trainer.gradient_checkpointing else None)
-        rows = freeze.trainability(vlm, module.table)
+        checkpointing = zero3 if config.trainer.gradient_checkpointing else None
+        module = made.training(made.model, stage, loader.steps, checkpointing)
+        rows = freeze.trainability(made.model, module.table)
         if RANK == 0:
             show_trainability(name, rows)
-        steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in before)
+        earlier = list(self.keys)[: list(self.keys).index(name)]
+        steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in earlier)
         meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
         self.continue_or_start(name, module, loader, folder, [meter, bad])
         if RANK == 0:
-            adapt.merge(vlm)
-            save_model(vlm, str(folder / "model.safetensors"))
-            tokenizer.save_pretrained(folder / "tokenizer")
+            adapt.merge(made.model)
+            save_model(made.model, str(folder / "model.safetensors"))
+            made.tokenizer.save_pretrained(folder / "tokenizer")
             record = {"stage": name, **meter.summary(), "steps": loader.steps, "world_size": WORLD}
             record |= {"peak_gib": peak_gib(), "bad_records": len(bad.seen)}
             record |= {"trainable": [row.as_dict() for row in rows]}

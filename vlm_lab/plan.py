@@ -21,6 +21,7 @@ from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.model import freeze
 from vlm_lab.model.vlm import VLM
 from vlm_lab.module import VLMTraining
+from vlm_lab.parts import stage_model
 from vlm_lab.schema import Config, Stage
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -58,8 +59,8 @@ def parameters(model: VLM) -> dict[str, int]:
 
 def trainable(config: Config, stage: Stage) -> list[freeze.Row]:
     """The trainability table that the stage will print, adapters included."""
-    model = empty_model(config)
     with torch.device("meta"):
+        model = stage_model(config, stage, weights=False)
         module = VLMTraining(model, stage, steps=1)
     return freeze.trainability(model, module.table)
 
@@ -76,7 +77,7 @@ def memory(total: int, trained: int, config: Config) -> Memory:
 
 def show(config: Config) -> None:
     table = Table("module", "parameters")
-    for name, count in (counts := parameters(empty_model(config))).items():
+    for name, count in parameters(empty_model(config)).items():
         table.add_row(name, f"{count:,}")
     console.print(table)
     for name, stage in config.stages.items():
@@ -84,7 +85,7 @@ def show(config: Config) -> None:
         trained = sum(row.trained for row in rows)
         need = memory(sum(row.params for row in rows), trained, config)
         parts = f"weights {need.weights:.1f}, gradients {need.gradients:.1f}, optimizer {need.optimizer:.1f}"
-        share = f"trains {trained:,} of {counts['total']:,}"
+        share = f"trains {trained:,} of {sum(row.params for row in rows):,}"
         console.print(f"{name}: {share}; {need.total:.1f} GiB per device before activations ({parts})", highlight=False)
 
 

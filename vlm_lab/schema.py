@@ -13,80 +13,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from vlm_lab.ablation import Ablation
 from vlm_lab.compat import check_parts, check_videos
 from vlm_lab.components import Node, bind
+from vlm_lab.stages import (
+    COSMETIC,
+    IDENTITY,
+    IMAGE_TEXT,
+    OBJECTIVES,
+    PERFORMANCE,
+    Objective,
+    Rule,
+    Stage,
+    Strict,
+    check_order,
+    spelt_out,
+)
 
-IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
+__all__ = ["COSMETIC", "HF", "IDENTITY", "PERFORMANCE", "Config", "Node", "Rule", "Stage", "Trainer"]
 HF = "hf:"  # what `init` begins with: the checkpoint is one of transformers
 Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Rule(Strict):
-    """How everything below one module path trains; a bare number stands for {lr: number}."""
-
-    lr: Annotated[float, IDENTITY] = Field(gt=0)  # peak learning rate
-    adapt: Annotated[Literal["full", "lora", "dora", "qlora"], IDENTITY] = "full"
-    last: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # only the last n blocks
-    rank: Annotated[int, IDENTITY] = Field(64, gt=0)
-    alpha: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # adapters are scaled by alpha / rank; null: 2 * rank
-    dropout: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # before the adapters
-    weight_decay: Annotated[float | None, IDENTITY] = Field(None, ge=0)  # null: the stage's
-    warmup: Annotated[float | None, IDENTITY] = Field(None, ge=0, lt=1)  # null: the stage's
-
-    @model_validator(mode="before")
-    @classmethod
-    def from_number(cls, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float | dict | Rule):
-            raise PydanticCustomError("rule", "must be a learning rate, null, or {lr: RATE, adapt: lora, ...}")
-        return {"lr": float(value)} if isinstance(value, int | float) else value
-
-    @model_validator(mode="after")
-    def adapter_settings(self) -> Rule:
-        if self.adapt == "full" and (idle := self.model_fields_set & {"rank", "alpha", "dropout"}):
-            raise ValueError(f"{sorted(idle)[0]} has no effect with adapt=full; choose lora, dora or qlora")
-        return self
-
-    @model_serializer(mode="wrap")
-    def to_number(self, dump: SerializerFunctionWrapHandler) -> Any:
-        given = {name: value for name, value in dump(self).items() if name in self.model_fields_set}
-        return self.lr if given.keys() == {"lr"} else given
-
-
-class Stage(Strict):
-    """One training stage. `train` maps module paths to how they train; what it does not name is frozen."""
-
-    mixture: Annotated[str, IDENTITY]
-    train: Annotated[dict[str, Rule | None], IDENTITY]
-    steps: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # optimizer steps; give this or `epochs`
-    epochs: Annotated[float | None, IDENTITY] = Field(None, gt=0)
-    batch: Annotated[int, IDENTITY] = Field(gt=0)  # samples per optimizer step, over all processes
-    micro_batch: Annotated[int, PERFORMANCE] = Field(gt=0)  # samples per forward pass of one process
-    schedule: Annotated[Literal["cosine", "constant"], IDENTITY] = "cosine"
-    warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
-    weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
-    optimizer: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"], IDENTITY] = "adamw"
-    beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
-    neftune: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # alpha of the noise on the LLM's input
-    clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
-    max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
-    tiling: Annotated[Node | None, IDENTITY] = None  # of this stage, where it is not the run's
-    chat: Annotated[str | None, IDENTITY] = None  # template of this stage, where it is not the LLM's
-
-    @model_validator(mode="after")
-    def one_length(self) -> Stage:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give either steps or epochs, got steps={self.steps} and epochs={self.epochs}")
-        if all(rule is None for rule in self.train.values()):
-            raise ValueError("train names nothing to train: every rate is null")
-        return self
 
 
 class Data(Strict):
@@ -151,6 +99,8 @@ def check(cfg: DictConfig, choices: dict[str, Any] | None = None) -> Config:
     tree: Any = OmegaConf.to_container(cfg, resolve=True)
     tree["name"] = tree.get("name") or label(tree, choices or {})
     config = Config.model_validate(tree)
+    config.stages = spelt_out(config.stages, config.encoder, config.llm, config.init)
+    check_order(config.stages)
     for field, node, runtime in components(config):
         bind(field, node, runtime)
     own = {f"stages.{name}.tiling": stage.tiling for name, stage in config.stages.items() if stage.tiling is not None}
@@ -187,6 +137,10 @@ def components(config: Config) -> list[tuple[str, Node, set[str]]]:
     nodes += [("connector", config.connector, {"dims", "out_dim"}), ("llm", config.llm, set())]
     nodes += [("tiling", config.tiling, set()), ("logger", config.logger, {"config", "run"})]
     nodes += [(f"stages.{name}.tiling", s.tiling, set()) for name, s in config.stages.items() if s.tiling is not None]
+    for name, stage in config.stages.items():
+        added = [("towers", stage.towers, {"dim", "normed", "contrastive"})]
+        added += [("views", stage.views, {"words", "side", "patches", "length", "queries"})]
+        nodes += [(f"stages.{name}.{field}", node, given) for field, node, given in added if node is not None]
     for group in ("sources", "tasks"):
         nodes += [(f"data.{group}.{name}", node, set()) for name, node in getattr(config.data, group).items()]
     return nodes
@@ -196,16 +150,39 @@ def check_stage(name: str, stage: Stage, config: Config) -> None:
     if stage.mixture not in config.data.mixtures:
         have = ", ".join(config.data.mixtures)
         raise ValueError(f"stages.{name}.mixture = {stage.mixture}: this data option offers {have}")
+    check_objective(name, stage, config)
+    parts = [part for part in OBJECTIVES[kind(stage)] if part != "encoder"]
+    encoders = [] if kind(stage) == "next_token" else list(config.encoder) if stage.part is None else [stage.encoder]
     for path in stage.train:
         head, _, rest = path.partition(".")
         part = rest.split(".")[0]
-        if head not in ("encoder", "connector", "llm") or (head == "encoder" and part and part not in config.encoder):
-            options = ["connector", "llm", "encoder", *(f"encoder.{e}" for e in config.encoder)]
+        if head not in OBJECTIVES[kind(stage)] or (head == "encoder" and part and part not in encoders):
+            options = [*parts, *(["encoder"] if encoders else []), *(f"encoder.{e}" for e in encoders)]
             raise ValueError(f"stages.{name}.train.{path}: no such module; there are {', '.join(options)}")
     check_sharding(name, stage, config.trainer)
     processes = config.trainer.devices
     if stage.batch % processes:
         raise ValueError(f"stages.{name}.batch = {stage.batch} is not a multiple of trainer.devices = {processes}")
+
+
+def kind(stage: Stage) -> Objective:
+    """The objective of a stage that `spelt_out` has seen."""
+    assert not isinstance(stage.objective, dict)
+    return stage.objective
+
+
+def check_objective(name: str, stage: Stage, config: Config) -> None:
+    """A stage that pretrains an encoder names one, and what it needs besides; the others name nothing of that."""
+    added = {field: getattr(stage, field) for field in ("encoder", "towers", "views", "wordpieces", "image_size")}
+    if "towers" not in OBJECTIVES[kind(stage)]:
+        for field in (field for field, value in added.items() if value is not None):
+            raise ValueError(f"stages.{name}.{field} is for pretraining encoders, objective is {stage.objective}")
+        return
+    if stage.encoder not in config.encoder:
+        raise ValueError(f"stages.{name}.encoder = {stage.encoder}: there are {', '.join(config.encoder)}")
+    if stage.views is None or (stage.towers is None and stage.objective in IMAGE_TEXT):
+        missing = "views" if stage.views is None else "towers"
+        raise ValueError(f"stages.{name}.{missing} must be given: objective {stage.objective} needs it")
 
 
 def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
@@ -224,6 +201,8 @@ def check_tilings(config: Config) -> None:
     for name, task in config.data.tasks.items():
         check_videos(f"data.tasks.{name}", task, config.tiling)
     for name, stage in config.stages.items():
+        if stage.part is not None:
+            continue
         tiling = stage.tiling or config.tiling
         for source in config.data.mixtures[stage.mixture]:
             check_videos(f"stages.{name}: data.sources.{source}", config.data.sources[source], tiling)

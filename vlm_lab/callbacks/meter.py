@@ -61,7 +61,7 @@ class Meter(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: VLMTraining, outputs: Any, batch: Batch, index: int) -> None:
         self.samples += len(batch.ids) * trainer.world_size
-        self.tokens += batch.input_ids.numel() * trainer.world_size
+        self.tokens += batch.num_tokens * trainer.world_size
         if batch.part == batch.parts - 1:
             self.answers += int(module.total)
             self.step_done(trainer, module)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm_lab.batch import IGNORE, Batch
 from vlm_lab.data.mixture import Mixture, generator
-from vlm_lab.data.process import Example, Processor
+from vlm_lab.data.process import Example, Processor, TextProcessor
 from vlm_lab.data.sample import BadRecord, Source
 from vlm_lab.data.turns import shuffled_turns
 
@@ -28,7 +28,11 @@ class Records(Dataset):
     """
 
     def __init__(
-        self, sources: Sequence[Source], mixture: Mixture, processor: Processor, shuffle_turns: bool = False
+        self,
+        sources: Sequence[Source],
+        mixture: Mixture,
+        processor: Processor | TextProcessor,
+        shuffle_turns: bool = False,
     ) -> None:
         self.sources, self.mixture, self.processor = sources, mixture, processor
         self.shuffle_turns = shuffle_turns
@@ -122,7 +126,7 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def pack(examples: Sequence[Example], processor: Processor) -> Batch:
+def pack(examples: Sequence[Example], processor: Processor | TextProcessor) -> Batch:
     """Whole examples one after the other in one row; position ids start anew with each."""
     lengths = [len(e.ids) for e in examples]
     return Batch(
@@ -137,7 +141,7 @@ def pack(examples: Sequence[Example], processor: Processor) -> Batch:
     )
 
 
-def stack_views(examples: Sequence[Example], processor: Processor) -> dict[str, Tensor]:
+def stack_views(examples: Sequence[Example], processor: Processor | TextProcessor) -> dict[str, Tensor]:
     """{encoder: uint8 [V, 3, H, W]} of all views in order; one blank view if there is none."""
     views = {name: [v for e in examples for v in e.views.get(name, ())] for name in processor.eyes}
     if not any(views.values()):
@@ -156,7 +160,7 @@ def padded(views: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def view_sizes(examples: Sequence[Example], processor: Processor) -> dict[str, Tensor]:
+def view_sizes(examples: Sequence[Example], processor: Processor | TextProcessor) -> dict[str, Tensor]:
     """{encoder: (height, width) of each view [V, 2]} of the encoders that get another view than their own square."""
     sizes = {name: [v.shape[:2] for e in examples for v in e.views.get(name, ())] for name in processor.eyes}
     uneven = {name for name, shapes in sizes.items() if set(shapes) - {(processor.eyes[name].side,) * 2}}

@@ -6,6 +6,7 @@ the tokenizer inside `Chat`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
@@ -89,6 +90,24 @@ class Processor:
     def blank(self) -> dict[str, list[np.ndarray]]:
         """One black view per encoder, for rows without an image."""
         return {name: [np.zeros((eye.side, eye.side, 3), dtype=np.uint8)] for name, eye in self.eyes.items()}
+
+
+class TextProcessor:
+    """Turns samples into examples without their images, in which every token is a target: to pretrain a LLM."""
+
+    eyes: ClassVar[dict[str, Eye]] = {}
+
+    def __init__(self, chat: Chat, max_tokens: int) -> None:
+        self.chat, self.max_tokens = chat, max_tokens
+
+    def example(self, sample: Sample) -> Example:
+        """Texts longer than `max_tokens` are cut off."""
+        messages = tuple(replace(m, content=tuple(p for p in m.content if isinstance(p, str))) for m in sample.messages)
+        ids = self.chat.encode(replace(sample, messages=messages, images=()), []).ids[: self.max_tokens]
+        return Example(sample.id, ids, np.append(ids[1:], IGNORE), {})
+
+    def blank(self) -> dict[str, list[np.ndarray]]:
+        return {}
 
 
 def shortened(document: Encoded, layouts: Sequence[Layout], length: int) -> tuple[Encoded, list[Layout]]:

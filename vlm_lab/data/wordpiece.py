@@ -49,13 +49,13 @@ class Wordpiece:
         ids = [*words[: length - 2], EOS]
         return np.array([*ids, *[IGNORE] * (length - len(ids))])
 
-    def save(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def load_wordpiece(path: str) -> Wordpiece:
-    """From a folder that `save` wrote, or a BERT tokenizer of the hub (`bert-base-uncased`)."""
+    """From a folder that `save_pretrained` wrote, or a BERT tokenizer of the hub (`bert-base-uncased`)."""
     file = Path(path) / "tokenizer.json"
     tokenizer = (
         Tokenizer.from_file(str(file)) if file.is_file() else AutoTokenizer.from_pretrained(path).backend_tokenizer
@@ -74,7 +74,7 @@ def trained_wordpiece(sources: Iterable[Source], vocab: int, cache: Path) -> Wor
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             partial = folder.with_suffix(f".{os.getpid()}")
-            train((text for source in sources for text in texts(source)), vocab).save(partial)
+            train((text for source in sources for text in texts(source)), vocab).save_pretrained(partial)
             partial.rename(folder)
     return load_wordpiece(str(folder))
 

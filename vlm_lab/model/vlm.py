@@ -11,12 +11,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vlm_lab.batch import IMAGE_TOKEN, Batch, Prompts
+from vlm_lab.batch import IGNORE, IMAGE_TOKEN, Batch, Prompts
 from vlm_lab.model.arrange import arrange
 from vlm_lab.model.connectors import Connector, DeepConnector
 from vlm_lab.model.features import FeatureMap, without_padding
 from vlm_lab.model.inside import Seen, decoder_layers, inside, sample_numbers
 from vlm_lab.model.native import native_features
+
+
+def answer_loss(llm: Any, embeds: Tensor, batch: Batch) -> Tensor:
+    """Sum of the cross-entropy over a packed row's targets; `embeds` [1, L, D] is what the LLM reads."""
+    answers = batch.targets[0].ne(IGNORE).nonzero().squeeze(1)  # positions that predict an answer token
+    logits = llm(
+        inputs_embeds=embeds,
+        position_ids=batch.position_ids,
+        attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
+        cu_seq_lens_q=batch.cu_seqlens,
+        use_cache=False,
+        logits_to_keep=answers,
+    ).logits  # [1, answers, vocabulary]
+    return F.cross_entropy(logits[0].float(), batch.targets[0, answers], reduction="sum")
 
 
 class VLM(nn.Module):
@@ -41,18 +55,9 @@ class VLM(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of the cross-entropy over the row's answer tokens (a scalar; divide by the global count of them)."""
-        answers = batch.targets[0].ne(-100).nonzero().squeeze(1)  # positions that predict an answer token
         seen = self.see(batch)
         with inside(self.llm, self.connector, seen):
-            logits = self.llm(
-                inputs_embeds=self.splice(batch, seen),  # [1, L, D]
-                position_ids=batch.position_ids,
-                attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
-                cu_seq_lens_q=batch.cu_seqlens,
-                use_cache=False,
-                logits_to_keep=answers,
-            ).logits  # [1, answers, vocabulary]
-        return F.cross_entropy(logits[0].float(), batch.targets[0, answers], reduction="sum")
+            return answer_loss(self.llm, self.splice(batch, seen), batch)
 
     def embed(self, batch: Batch | Prompts) -> Tensor:
         """What the LLM reads: [B, L, D]."""

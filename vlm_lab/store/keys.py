@@ -9,31 +9,40 @@ from typing import Any
 from pydantic import BaseModel
 
 from vlm_lab.schema import HF, IDENTITY, Config
+from vlm_lab.stages import parents
 
 PACKAGE = Path(__file__).parent.parent
-CODE = ("batch.py", "build.py", "convert/*.py", "fit.py", "module.py", "strategies.py", "data/**/*.py", "model/**/*.py")
+CODE = ("batch.py", "build.py", "convert/*.py", "encoder_module.py", "fit.py", "module.py", "parts.py", "strategies.py")
+TREES = ("data/**/*.py", "model/**/*.py")
 
 
 def stage_keys(config: Config, fingerprints: dict[str, str]) -> dict[str, str]:
-    """{stage: key} in order. A key covers parts, stage, data, precision, seed, code, and all earlier stages."""
+    """{stage: key} in order. A key covers parts, stage, data, precision, seed, code, and the stages it starts from.
+
+    Of a stage that pretrains one part it covers that part alone, so every model with this part shares the stage.
+    """
     return {name: hash_of(inputs) for name, inputs in stage_inputs(config, fingerprints).items()}
 
 
 def stage_inputs(config: Config, fingerprints: dict[str, str]) -> dict[str, dict[str, Any]]:
     """{stage: what its key is the hash of} in order."""
     inputs: dict[str, dict[str, Any]] = {}
-    before = None
     for name in config.stages:
+        before = [hash_of(inputs[parent]) for parent in parents(config.stages, name)]
         inputs[name] = {"before": before, "code": code(), **stage_identity(config, name, fingerprints)}
-        before = hash_of(inputs[name])
     return inputs
 
 
 def stage_identity(config: Config, name: str, fingerprints: dict[str, str]) -> dict[str, Any]:
     stage, fields = config.stages[name], identity(config)
     weights = config.data.mixtures[stage.mixture]
-    used = fingerprints if config.llm["tokenizer"] is None else weights  # a trained tokenizer has seen every source
-    parts = {key: fields[key] for key in ("seed", "encoder", "connector", "llm", "tiling", "trainer")}
+    reads = stage.part in (None, "llm")  # the LLM's tokenizer, which has seen every source if it was trained on them
+    used = fingerprints if reads and config.llm["tokenizer"] is None else weights
+    parts = {key: fields[key] for key in ("seed", "trainer")}
+    if stage.part is None:
+        parts |= {key: fields[key] for key in ("encoder", "connector", "llm", "tiling")}
+    else:
+        parts["part"] = config.llm if stage.part == "llm" else config.encoder[str(stage.encoder)]
     data = {key: getattr(config.data, key) for key in ("holdout", "shuffle_turns")}
     data |= {"weights": weights, "sources": {s: fingerprints[s] for s in sorted(used)}}
     return {**parts, "init": checkpoint(config.init), "stage": identity(stage), "data": data}
@@ -72,7 +81,7 @@ def plain(value: Any) -> Any:
 @cache
 def code() -> dict[str, str]:
     """{file: hash} of the source that weights depend on."""
-    files = sorted({path for pattern in CODE for path in PACKAGE.glob(pattern)})
+    files = sorted({path for pattern in (*CODE, *TREES) for path in PACKAGE.glob(pattern)})
     return {str(path.relative_to(PACKAGE)): hash_of(path.read_text()) for path in files}
 
 

@@ -4,12 +4,13 @@
 
 world (records) -> compose (what is in a scene) -> draw (pixels); facts, knowledge -> questions; captions;
 comparisons (several pictures), clips (videos), documents (articles) -> multi (what a mixture reads of these);
-source, pairs (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
+source, pairs, text (what a mixture reads), cache (ready-made pixels), sheet (a page to look at).
 """
 
 from vlm_lab.data.scenes.multi import SceneComparisons, SceneDocuments, SceneVideos
 from vlm_lab.data.scenes.pairs import SceneLooks, ScenePairs
 from vlm_lab.data.scenes.source import SceneCaptions, SceneQuestions
+from vlm_lab.data.scenes.text import SceneText
 
 __all__ = [
     "SceneCaptions",
@@ -18,5 +19,6 @@ __all__ = [
     "SceneLooks",
     "ScenePairs",
     "SceneQuestions",
+    "SceneText",
     "SceneVideos",
 ]

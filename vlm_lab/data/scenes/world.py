@@ -16,7 +16,7 @@ WORLD_VERSION = 3
 SPLITS = ("train", "val")
 # Every run of eight scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
 KINDS = ("alone", "alone", "objects", "objects", "depth", "text", "text", "chart")
-STREAMS = ("scene", "kinds", "caption", "question", "comparison", "clip", "wording", "document")
+STREAMS = ("scene", "kinds", "caption", "question", "comparison", "clip", "wording", "document", "text")
 
 FONTS = ("Pillow", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
 TOP_VALUE = 9  # bars are worth 1 to 9

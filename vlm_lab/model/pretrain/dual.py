@@ -105,6 +105,7 @@ class Towers(nn.Module):
         if contrastive is None and caption == 0:
             raise ValueError("towers: contrastive = null and caption = 0 leave nothing to learn; set one of them")
         self.synthetic, self.weight = synthetic, caption
+        self.length, self.queries = length, queries
         self.image = self.text = self.contrast = self.decoder = None
         if contrastive is not None:
             self.image = ImageHead(dim, out_dim, normed)

@@ -1,0 +1,64 @@
+"""The made-up world in words alone, to pretrain a language model: `SceneText`.
+
+Half of the records are running text (a description, a list of what there is, an alt text); the others are conversations
+about a picture that is told and not shown: its description stands where a picture would. So a model learns the world's
+vocabulary, its forms of questions, and to read answers off what stands before them; it never sees a pixel.
+"""
+
+from numpy.random import Generator
+
+from vlm_lab.data.sample import Message, Sample, document
+from vlm_lab.data.scenes.captions import alt_text, long_caption, tags
+from vlm_lab.data.scenes.compose import compose, pick
+from vlm_lab.data.scenes.questions import GROUPS, ask
+from vlm_lab.data.scenes.source import REQUESTS, hash_of, require, require_index
+from vlm_lab.data.scenes.world import SPLITS, Scene, stream
+
+KINDS = ("running", "answers", "answers", "retold")
+
+
+class SceneText:
+    """`size` texts. ValueError on an unknown split."""
+
+    def __init__(self, split: str, size: int, seed: int = 0) -> None:
+        require("split", split, SPLITS)
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        require_index(index, self.size)
+        scene, rng = compose(self.seed, self.split, index), stream(self.seed, self.split, index, "text")
+        kind = KINDS[int(rng.integers(len(KINDS)))]
+        messages = {"running": running, "answers": answers, "retold": retold}[kind](scene, rng)
+        return Sample(f"{self.split}-{index}", messages, (), "scenes", f"text_{kind}")
+
+    def fingerprint(self) -> str:
+        return hash_of(self, [self.split, self.size, self.seed, 1])
+
+
+def running(scene: Scene, rng: Generator) -> tuple[Message, ...]:
+    """A text as it stands."""
+    return (document([pick(rng, (long_caption, tags, alt_text))(scene, rng)]),)
+
+
+def answers(scene: Scene, rng: Generator) -> tuple[Message, ...]:
+    """A description, and questions about it."""
+    told = pick(rng, (long_caption, long_caption, tags))(scene, rng)
+    return turns(told, [(question.prompt, question.answer) for question in ask(scene, GROUPS, 6, rng)])
+
+
+def retold(scene: Scene, rng: Generator) -> tuple[Message, ...]:
+    """A description said in another way."""
+    first, second = ((long_caption, tags), (tags, tags), (long_caption, long_caption))[int(rng.integers(3))]
+    return turns(first(scene, rng), [(pick(rng, REQUESTS), second(scene, rng))])
+
+
+def turns(told: str, asked: list[tuple[str, str]]) -> tuple[Message, ...]:
+    """A conversation with `told` at the start of the first question."""
+    messages: list[Message] = []
+    for number, (prompt, answer) in enumerate(asked):
+        content = (f"{told}\n{prompt}" if number == 0 else prompt,)
+        messages += [Message("user", content), Message("assistant", (answer,))]
+    return tuple(messages)

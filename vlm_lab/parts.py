@@ -1,0 +1,120 @@
+"""What a stage trains, made from the configuration: its model, its loader, its tokenizer, its LightningModule.
+
+One function per kind of objective (vlm_lab/stages.py has the list); part of the composition root (build.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model
+from torch import nn
+
+from vlm_lab import build
+from vlm_lab.components import make
+from vlm_lab.data.chat import Chat
+from vlm_lab.data.loader import Loader
+from vlm_lab.data.pretrain import PairLoader, PairRecords
+from vlm_lab.data.process import TextProcessor
+from vlm_lab.data.wordpiece import Wordpiece, load_wordpiece, trained_wordpiece
+from vlm_lab.encoder_module import EncoderTraining
+from vlm_lab.model.pretrain import DualEncoder, MaskedEncoder
+from vlm_lab.model.pretrain.resolution import take_over
+from vlm_lab.model.text import TextModel
+from vlm_lab.model.vlm import VLM
+from vlm_lab.module import VLMTraining
+from vlm_lab.schema import Config, Stage
+from vlm_lab.stages import OBJECTIVES
+
+LOSSES = {"contrastive": "infonce", "sigmoid": "sigmoid", "caption": None}  # objective -> `contrastive` of the towers
+
+SEEN = 0.4  # share of the patches that self-supervision leaves in the picture (SimMIM hides 60 %)
+
+
+@dataclass
+class Parts:
+    """`training` makes the LightningModule of `model`; `tokenizer` has `save_pretrained`."""
+
+    model: Any
+    tokenizer: Any
+    loader: Callable[[int, int], Loader]  # of (rank, world)
+    training: type[VLMTraining] = VLMTraining
+
+
+def stage_parts(config: Config, stage: Stage) -> Parts:
+    if stage.objective == "vlm":
+        return vlm_parts(config, stage)
+    return text_parts(config, stage) if stage.objective == "next_token" else encoder_parts(config, stage)
+
+
+def vlm_parts(config: Config, stage: Stage) -> Parts:
+    vlm, tokenizer = build.vlm(config), build.tokenizer(config)
+    process = build.processor(config, vlm, tokenizer, stage)
+    return Parts(vlm, tokenizer, lambda rank, world: build.loader(config, stage, process, rank, world))
+
+
+def text_parts(config: Config, stage: Stage) -> Parts:
+    """The LLM alone. Its random weights do not depend on the parts beside it."""
+    tokenizer = build.tokenizer(config)
+    process = TextProcessor(Chat(tokenizer, stage.chat or config.llm["chat"]), stage.max_tokens)
+    return Parts(stage_model(config, stage), tokenizer, lambda r, w: build.loader(config, stage, process, r, w))
+
+
+def encoder_parts(config: Config, stage: Stage) -> Parts:
+    """One encoder, with what its objective adds."""
+    words = wordpieces(config, stage)
+    model = stage_model(config, stage)
+    eye = model.encoder[model.name]
+    views, text = dict(stage.views or {}), {"length": 4, "queries": 2}  # the shortest there are, if nobody reads them
+    if isinstance(model, DualEncoder):
+        text = {"length": model.towers.length, "queries": model.towers.queries}
+    else:
+        views = {"keep": SEEN, **views}
+    process = make(views, words=words, side=eye.image_size, patches=eye.grid[0] * eye.grid[1], **text)
+
+    def loader(rank: int, world: int) -> Loader:
+        sources, mixture = build.mixture(config, stage)
+        steps = build.steps(stage, sources)
+        workers = config.trainer.num_workers
+        return PairLoader(PairRecords(sources, mixture, process), steps, stage.batch, rank, world, workers)
+
+    return Parts(model, words, loader, EncoderTraining)
+
+
+def wordpieces(config: Config, stage: Stage) -> Wordpiece:
+    if stage.wordpieces is not None:
+        return load_wordpiece(stage.wordpieces)
+    sources, _ = build.mixture(config, stage)
+    return trained_wordpiece(sources, (stage.towers or {}).get("vocab", 32000), Path(config.output) / "cache")
+
+
+def stage_model(config: Config, stage: Stage, weights: bool = True) -> Any:
+    """The model that a stage trains; `weights=False` as in `build.vlm`."""
+    if stage.part is None:
+        return build.vlm(config, weights)
+    torch.manual_seed(config.seed)
+    if stage.objective == "next_token":
+        return TextModel(make(config.llm if weights else build.unloaded(config.llm)))
+    name = str(stage.encoder)
+    node = config.encoder[name] if weights else build.unloaded(config.encoder[name])
+    encoder = make({**node, **({} if stage.image_size is None else {"image_size": stage.image_size})})
+    if stage.towers is None:
+        return MaskedEncoder(name, encoder)
+    normed = getattr(encoder, "norm", False) is True
+    towers = make(stage.towers, dim=encoder.dim, normed=normed, contrastive=LOSSES[str(stage.objective)])
+    return DualEncoder(name, encoder, towers)
+
+
+def start(config: Config, stage: Stage, model: nn.Module, before: dict[Path, Stage]) -> None:
+    """Load what `model` starts from: the weights of earlier stages {folder: stage}, or what `init` names."""
+    for folder, earlier in before.items():
+        path = folder / "model.safetensors"
+        if isinstance(model, VLM) and earlier.part is None:
+            load_model(model, path)
+        else:
+            shared = (earlier.part,) if stage.part is None else OBJECTIVES[str(stage.objective)]  # type: ignore[index]
+            take_over(model, load_file(path), tuple(str(part) for part in shared))
+    if not before and isinstance(model, VLM):
+        build.start(config, model)
