@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SMALL = [
+    "bootstrap=[]",
     "encoder.siglip.width=32",
     "encoder.siglip.depth=2",
     "encoder.siglip.image_size=32",
