@@ -88,11 +88,11 @@ class VLMTraining(LightningModule):
         self.grad_norm = float(norm)
         scaled = self.trainer.precision == "16-mixed"  # there, infinite gradients only mean: try a smaller scale
         if not math.isfinite(self.grad_norm) and not (scaled and math.isfinite(self.loss_of_step())):
-            self.stop_at_nonfinite()
+            self.stop_at_nonfinite(self.trainer.global_step + 1)
         if gradient_clip_val:
             clip_grads_with_norm_(trained, gradient_clip_val, norm)
 
-    def stop_at_nonfinite(self) -> None:
+    def stop_at_nonfinite(self, step: int) -> None:
         """Raise FloatingPointError naming step and samples: those of the processes whose own loss is not finite."""
         mine = (bool(torch.isfinite(self.step_loss)), self.step_ids)
         found: list[Any] = [mine]
@@ -101,7 +101,7 @@ class VLMTraining(LightningModule):
             dist.all_gather_object(found, mine)
         guilty = [ids for finite, ids in found if not finite] or [ids for _, ids in found]
         names = ", ".join(name for ids in guilty for name in ids)
-        step, what = self.trainer.global_step + 1, "gradient" if all(finite for finite, _ in found) else "loss"
+        what = "gradient" if all(finite for finite, _ in found) else "loss"
         raise FloatingPointError(f"{what} of step {step} is not finite; its samples: {names}")
 
     def configure_optimizers(self) -> Any:

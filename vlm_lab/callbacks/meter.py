@@ -1,6 +1,7 @@
 """The progress bar, metrics.jsonl with its spikes flagged, and the records that could not be used."""
 
 import json
+import math
 import time
 from pathlib import Path
 from statistics import median
@@ -67,13 +68,15 @@ class Meter(Callback):
             self.step_done(trainer, module)
 
     def step_done(self, trainer: Trainer, module: VLMTraining) -> None:
-        loss, now = module.loss_of_step(), time.perf_counter()
+        loss, norm, now = module.loss_of_step(), grad_norm(trainer, module), time.perf_counter()
+        if not math.isfinite(loss) or not (norm is None or math.isfinite(norm) or trainer.precision == "16-mixed"):
+            module.stop_at_nonfinite(trainer.global_step)  # DeepSpeed's: others stop before they take the step
         self.seconds, self.first_step_at = now - self.started, self.first_step_at or time.time()
         self.marks = [*self.marks[-self.window :], (now, self.samples, self.tokens)]
         since, samples, tokens = self.marks[0]
         seconds = now - since
         rates = {"samples_per_s": (self.samples - samples) / seconds, "tokens_per_s": (self.tokens - tokens) / seconds}
-        numbers = {"loss": loss, "grad_norm": grad_norm(trainer, module), "lr": learning_rate(trainer), **rates}
+        numbers = {"loss": loss, "grad_norm": norm, "lr": learning_rate(trainer), **rates}
         line = {"stage": self.stage, "step": trainer.global_step, **numbers}
         if is_spike(loss, self.losses):
             line["spike"] = True

@@ -4,18 +4,19 @@ Only linear maps are adapted, never the LLM's output head. `merge` leaves the mo
 weights in place, so that whatever a stage writes is plain.
 """
 
+import logging
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from vlm_lab.model.freeze import Rule, Table, path_of
+from vlm_lab.model.freeze import Rule, Table, is_adapter, path_of
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a missing kernel that nothing here calls
 
 
 def inject(vlm: Any, table: Table) -> None:
     """Wrap the linear maps of every adapted path of a resolved `table`. ValueError for a path that has none."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     targets: dict[Rule, list[str]] = {}
     for path, rule in table.items():
         if rule is not None and rule.adapt != "full":
@@ -23,6 +24,14 @@ def inject(vlm: Any, table: Table) -> None:
             if not names:
                 raise ValueError(f"train.{path}.adapt = {rule.adapt}: no linear map below this path")
             targets.setdefault(rule, []).extend(names)
+    if targets:
+        wrap(vlm, targets)
+
+
+def wrap(vlm: Any, targets: dict[Rule, list[str]]) -> None:
+    """Put adapters around the linear maps named for each rule."""
+    from peft import LoraConfig, inject_adapter_in_model  # late: most runs need neither it nor bitsandbytes
+
     for rule, names in targets.items():
         if rule.adapt == "qlora":
             quantize(vlm, names)
@@ -63,6 +72,8 @@ def quantize(model: Any, names: list[str]) -> None:
 
 def merge(model: nn.Module) -> None:
     """Fold every adapter into the weights of its linear map. No-op for a model without adapters."""
+    if not any(is_adapter(name) for name, _ in model.named_parameters()):
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
