@@ -1,16 +1,20 @@
 """Pretraining stages in the engine: which there are, what their keys depend on, what the next stage starts from."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import composed
 from hydra.errors import ConfigCompositionException
+from PIL import Image
 from processes import finish, lines, run_folder, start, store_of
 from safetensors.torch import load_file
 
 from vlm_lab import build, parts, schema
+from vlm_lab.data.scenes import ScenePairs
 from vlm_lab.explain import explain
+from vlm_lab.probe import eye_of, pair_scores, probe
 from vlm_lab.stages import parents
 from vlm_lab.store import stage_keys
 
@@ -156,3 +160,23 @@ def test_weights_that_do_not_fit_are_refused(run: Path) -> None:
     stage = schema.load(run / "config.yaml").stages["pretrain_encoder.siglip"]
     with pytest.raises((ValueError, RuntimeError), match=r"size mismatch|do not fit"):
         parts.start(config, config.stages["align"], build.vlm(config), dict.fromkeys(folders, stage))
+
+
+def test_the_encoders_of_a_run_are_scored_by_themselves(run: Path, tmp_path: Path) -> None:
+    """On folders of one-coloured pictures: all scores are there, those of texts only for an encoder that reads."""
+    for split in ("train", "test"):
+        for number in range(6):
+            colour = ("red", "blue")[number % 2]
+            (tmp_path / split / colour).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20 + number, 30), colour).save(tmp_path / split / colour / f"{number}.png")
+    found = probe(run, schema.load(run / "config.yaml"), str(tmp_path / "train"), str(tmp_path / "test"))
+    assert {name: set(row) for name, row in found.items()} == {
+        "siglip": {"linear_probe", "zero_shot"},
+        "dinov2": {"linear_probe"},
+    }
+    assert all(row["linear_probe"] == {"value": 1.0, "chance": 0.5} for row in found.values())
+    assert json.loads((run / "encoders.json").read_text()) == found
+    pairs = pair_scores(eye_of(run, schema.load(run / "config.yaml"), "pretrain_encoder.siglip"), ScenePairs("val", 20))
+    assert pairs["text_r10"][1] == 0.5 and set(pairs) == {
+        f"{way}_r{k}" for way in ("text", "image") for k in (1, 5, 10)
+    }

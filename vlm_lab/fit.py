@@ -32,6 +32,7 @@ from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
 from vlm_lab.model import adapt, freeze
 from vlm_lab.module import VLMTraining
+from vlm_lab.probe import probe
 from vlm_lab.stages import parents
 from vlm_lab.store import CHECKPOINTS, INPUTS, RECORD, Store
 from vlm_lab.strategies import Consolidate
@@ -101,11 +102,15 @@ class Worker:
         (self.run / METRICS).write_text("".join(curves))  # those of reused stages too
 
     def evaluate(self) -> None:
-        """Scores of the model that the last stage left; none if that only pretrained a part."""
+        """Scores of the model that the last stage left, or of the encoders if every stage only pretrains a part."""
         if list(self.config.stages.values())[-1].part is None:
             evaluate_run(self.run, self.config, self.logger)
-        else:
-            (self.run / "evaluation.json").write_text(json.dumps({"metrics": {"eval/avg": float("nan")}}))
+            return
+        scores = {
+            f"eval/{name}/{key}": s["value"] for name, e in probe(self.run, self.config).items() for key, s in e.items()
+        }
+        metrics = {**scores, "eval/avg": float("nan")}  # that is the mean over a VLM's tasks
+        (self.run / "evaluation.json").write_text(json.dumps({"metrics": metrics}, indent=1))
 
     def train(self, name: str, folder: Path) -> None:
         """Build, load what the stage before left, freeze, train or continue, and write plain weights to `folder`."""

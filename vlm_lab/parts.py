@@ -99,7 +99,11 @@ def stage_model(config: Config, stage: Stage, weights: bool = True) -> Any:
         return TextModel(make(config.llm if weights else build.unloaded(config.llm)))
     name = str(stage.encoder)
     node = config.encoder[name] if weights else build.unloaded(config.encoder[name])
-    encoder = make({**node, **({} if stage.image_size is None else {"image_size": stage.image_size})})
+    if isinstance(node.get("layer"), int) and node["layer"] != -1:
+        node = {**node, "layer": [-1]}  # the whole network learns, also blocks that the VLM has no use for
+    if stage.image_size is not None:
+        node = {**node, "image_size": stage.image_size}
+    encoder = make(node)
     if stage.towers is None:
         return MaskedEncoder(name, encoder)
     normed = getattr(encoder, "norm", False) is True

@@ -93,7 +93,7 @@ class Processor:
 
 
 class TextProcessor:
-    """Turns samples into examples without their images, in which every token is a target: to pretrain a LLM."""
+    """Turns samples into examples without their images, to pretrain a LLM: running text and answers are learnt."""
 
     eyes: ClassVar[dict[str, Eye]] = {}
 
@@ -103,8 +103,11 @@ class TextProcessor:
     def example(self, sample: Sample) -> Example:
         """Texts longer than `max_tokens` are cut off."""
         messages = tuple(replace(m, content=tuple(p for p in m.content if isinstance(p, str))) for m in sample.messages)
-        ids = self.chat.encode(replace(sample, messages=messages, images=()), []).ids[: self.max_tokens]
-        return Example(sample.id, ids, np.append(ids[1:], IGNORE), {})
+        encoded = self.chat.encode(replace(sample, messages=messages, images=()), [])
+        ids, targets = encoded.ids[: self.max_tokens], encoded.targets[: self.max_tokens].copy()
+        if len(ids) < len(encoded.ids):
+            targets[-1] = IGNORE  # its token was cut off
+        return Example(sample.id, ids, targets, {})
 
     def blank(self) -> dict[str, list[np.ndarray]]:
         return {}

@@ -4,27 +4,29 @@
 conversation is `SceneCaptions`'. `SceneLooks` is a classification set: one object a picture, its look is the class.
 """
 
-import hashlib
-import json
 from itertools import count, islice
 
 from vlm_lab.data.sample import ImageSlot, Message, Sample
 from vlm_lab.data.scenes.cache import ImageCache, SceneImage
-from vlm_lab.data.scenes.captions import alt_text, long_caption
+from vlm_lab.data.scenes.captions import CAPTIONS, alt_text
 from vlm_lab.data.scenes.compose import compose
+from vlm_lab.data.scenes.source import hash_of, require
 from vlm_lab.data.scenes.vocabulary import COLORS, SHAPES
-from vlm_lab.data.scenes.world import KINDS, SPLITS, WORLD_VERSION, block_kinds, stream
+from vlm_lab.data.scenes.world import KINDS, SPLITS, block_kinds, stream
 
 TEMPLATES = ("{}", "photo of {}", "{} - stock photo", "buy {} online", "{}.jpg")
 
 
 class ScenePairs:
-    """A picture, its `meta["raw"]` and its `meta["synthetic"]` caption per record. ValueError on an unknown split."""
+    """A picture, its `meta["raw"]` and its `meta["synthetic"]` caption per record.
 
-    def __init__(self, split: str, size: int, seed: int = 0, cache: str | None = None) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r}: must be one of {', '.join(SPLITS)}")
-        self.split, self.size, self.seed = split, size, seed
+    `synthetic`: the kind of the latter (`captions.CAPTIONS`). ValueError on an unknown split or kind.
+    """
+
+    def __init__(self, split: str, size: int, seed: int = 0, synthetic: str = "long", cache: str | None = None) -> None:
+        require("split", split, SPLITS)
+        require("synthetic", synthetic, tuple(CAPTIONS))
+        self.split, self.size, self.seed, self.synthetic = split, size, seed, synthetic
         self._cache = None if cache is None else ImageCache(cache, seed, split, size)
 
     def __len__(self) -> int:
@@ -34,15 +36,14 @@ class ScenePairs:
         if not 0 <= index < self.size:
             raise IndexError(f"record {index} of a source of {self.size}")
         scene, rng = compose(self.seed, self.split, index), stream(self.seed, self.split, index, "caption")
-        synthetic, raw = long_caption(scene, rng), alt_text(scene, rng)
+        synthetic, raw = CAPTIONS[self.synthetic](scene, rng), alt_text(scene, rng)
         messages = (Message("user", (ImageSlot(0), "\nDescribe the image.")), Message("assistant", (synthetic,)))
         image = SceneImage(scene.size, self.seed, self.split, index, self._cache)
         meta = {"raw": raw, "synthetic": synthetic}
         return Sample(f"{self.split}-{index}", messages, (image,), "scenes", "pairs", meta)
 
     def fingerprint(self) -> str:
-        text = json.dumps(["ScenePairs", WORLD_VERSION, self.split, self.size, self.seed])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hash_of(self, [self.split, self.size, self.seed, self.synthetic])
 
 
 class SceneLooks:

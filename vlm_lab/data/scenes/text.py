@@ -14,7 +14,8 @@ from vlm_lab.data.scenes.questions import GROUPS, ask
 from vlm_lab.data.scenes.source import REQUESTS, hash_of, require, require_index
 from vlm_lab.data.scenes.world import SPLITS, Scene, stream
 
-KINDS = ("running", "answers", "answers", "retold")
+LONG = 0.25  # share of full descriptions among the conversations
+KINDS = {"running": 0.1, "retold": 0.3, "answers": 0.5, "known": 0.1}  # shares
 
 
 class SceneText:
@@ -30,8 +31,8 @@ class SceneText:
     def __getitem__(self, index: int) -> Sample:
         require_index(index, self.size)
         scene, rng = compose(self.seed, self.split, index), stream(self.seed, self.split, index, "text")
-        kind = KINDS[int(rng.integers(len(KINDS)))]
-        messages = {"running": running, "answers": answers, "retold": retold}[kind](scene, rng)
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
+        messages = {"running": running, "retold": retold, "answers": answers, "known": known}[kind](scene, rng)
         return Sample(f"{self.split}-{index}", messages, (), "scenes", f"text_{kind}")
 
     def fingerprint(self) -> str:
@@ -45,20 +46,29 @@ def running(scene: Scene, rng: Generator) -> tuple[Message, ...]:
 
 def answers(scene: Scene, rng: Generator) -> tuple[Message, ...]:
     """A description, and questions about it."""
-    told = pick(rng, (long_caption, long_caption, tags))(scene, rng)
-    return turns(told, [(question.prompt, question.answer) for question in ask(scene, GROUPS, 6, rng)])
+    told, groups = (long_caption, GROUPS) if rng.random() < LONG else (tags, ("general",))  # tags tell of no places
+    return asked(told(scene, rng), scene, groups, rng)
+
+
+def known(scene: Scene, rng: Generator) -> tuple[Message, ...]:
+    """Questions that need no picture."""
+    return asked("", scene, ("knowledge",), rng)
 
 
 def retold(scene: Scene, rng: Generator) -> tuple[Message, ...]:
     """A description said in another way."""
-    first, second = ((long_caption, tags), (tags, tags), (long_caption, long_caption))[int(rng.integers(3))]
+    first, second = ((long_caption, tags), (tags, tags))[int(rng.random() >= LONG)]
     return turns(first(scene, rng), [(pick(rng, REQUESTS), second(scene, rng))])
+
+
+def asked(told: str, scene: Scene, groups: tuple[str, ...], rng: Generator) -> tuple[Message, ...]:
+    return turns(told, [(question.prompt, question.answer) for question in ask(scene, groups, 6, rng)])
 
 
 def turns(told: str, asked: list[tuple[str, str]]) -> tuple[Message, ...]:
     """A conversation with `told` at the start of the first question."""
     messages: list[Message] = []
     for number, (prompt, answer) in enumerate(asked):
-        content = (f"{told}\n{prompt}" if number == 0 else prompt,)
+        content = (f"{told}\n{prompt}" if number == 0 and told else prompt,)
         messages += [Message("user", content), Message("assistant", (answer,))]
     return tuple(messages)

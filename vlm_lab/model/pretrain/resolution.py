@@ -10,10 +10,14 @@ from typing import Any
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from vlm_lab.model.vlm import VLM
+
 
 def take_over(model: nn.Module, state: dict[str, Tensor], parts: tuple[str, ...]) -> None:
     """Load what `state` has of the `parts` (module paths) that `model` has, too. ValueError if one does not fit."""
     own = {name: value for name, value in state.items() if any(name.startswith(f"{part}.") for part in parts)}
+    if isinstance(model, VLM):  # which has no use for what lies behind the layer that it reads
+        own = {name: value for name, value in own.items() if name in model.state_dict()}
     missing, unexpected = model.load_state_dict(at_resolution(own, model), strict=False)
     heads = {".".join(name.split(".")[: 2 if name.startswith("encoder.") else 1]) + "." for name in own}
     tensors = model.state_dict(keep_vars=True)
