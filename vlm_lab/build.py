@@ -131,11 +131,13 @@ def loader(config: Config, stage: Stage, process: Processor | TextProcessor, ran
 def mixture(config: Config, stage: Stage) -> tuple[list[Source], Mixture]:
     """The sources that a stage draws from, and how."""
     from vlm_lab.data.mixture import Mixture
+    from vlm_lab.data.sources import Capped
 
-    weights = config.data.mixtures[stage.mixture]
-    built = sources(config)
-    used = [built[name] for name in weights]
-    return used, Mixture([len(source) for source in used], list(weights.values()), config.seed)
+    built, weights = sources(config), config.data.mixtures[stage.mixture]
+    used = [built[name] if stage.cap is None else Capped(built[name], stage.cap) for name in weights]
+    sizes = [len(source) for source in used]
+    shares = [size if weight is None else weight for size, weight in zip(sizes, weights.values(), strict=True)]
+    return used, Mixture(sizes, shares, config.seed)
 
 
 def steps(stage: Stage, used: list[Source]) -> int:

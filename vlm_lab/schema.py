@@ -41,7 +41,7 @@ class Data(Strict):
     """Sources of records, how stages mix them, and the tasks they are evaluated on."""
 
     sources: Annotated[dict[str, Node], IDENTITY]
-    mixtures: Annotated[dict[str, dict[str, float]], IDENTITY]
+    mixtures: Annotated[dict[str, dict[str, float | None]], IDENTITY]  # weights; null: as many as it has records
     tasks: Annotated[dict[str, Node], COSMETIC]
     path: Annotated[str | None, COSMETIC] = None  # only ever used inside `sources`
     root: Annotated[str | None, COSMETIC] = None

@@ -71,6 +71,7 @@ class Stage(Strict):
 
     mixture: Annotated[str, IDENTITY]
     train: Annotated[dict[str, Rule | None], IDENTITY]
+    cap: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # records of each source, at most (Cambrian-1's t)
     objective: Annotated[Objective | dict[str, Objective], IDENTITY] = "vlm"
     bootstrap: Annotated[bool, IDENTITY] = False
     encoder: Annotated[str | None, IDENTITY] = None  # that is pretrained; null: each by itself

@@ -1,12 +1,14 @@
-"""The views that wrap any source: hold-outs never overlap, single turns keep what their question needs."""
+"""The views that wrap any source: hold-outs never overlap, single turns keep what they need, caps spread evenly."""
 
 import pickle
 from typing import Any
 
 import pytest
+from helpers import ColourSource, composed
 
+from vlm_lab import build, schema
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
-from vlm_lab.data.sources import Holdout, SingleTurn
+from vlm_lab.data.sources import Capped, Holdout, SingleTurn
 
 A, B, C = ImageSlot(0), ImageSlot(1), ImageSlot(2)
 
@@ -115,3 +117,24 @@ def test_single_turn_numbers_images_anew() -> None:
     source = SingleTurn(Listed(talk((C, A), ("A1",), (B, "Q2"), ("A2",), images=(b"a", b"b", b"c"))))
     assert (contents(source[0])[0], source[0].images) == ((A, B), (b"c", b"a"))
     assert (contents(source[1])[0], source[1].images) == ((A, B, C, "Q2"), (b"c", b"a", b"b"))
+
+
+@pytest.mark.parametrize(("cap", "picked"), [(4, [0, 2, 5, 7]), (10, list(range(10))), (99, list(range(10)))])
+def test_a_cap_keeps_records_from_everywhere(cap: int, picked: list[int]) -> None:
+    source = ColourSource(10)
+    capped = Capped(source, cap)
+    assert [capped[index].id for index in range(len(capped))] == [f"c{index}" for index in picked]
+    assert capped.fingerprint() != Capped(source, cap + 1).fingerprint()
+    with pytest.raises(IndexError):
+        capped[len(picked)]
+
+
+def test_a_mixture_without_weights_draws_in_proportion_to_what_the_cap_leaves() -> None:
+    config = schema.check(
+        composed("data=scenes_groups", "stages.instruct.mixture=groups", "++stages.instruct.cap=3000")
+    )
+    used, mixed = build.mixture(config, config.stages["instruct"])
+    sizes = {"text": 3000, "general": 3000, "knowledge": 2500, "ocr_chart": 3000, "vision_centric": 900}
+    assert dict(zip(config.data.mixtures["groups"], map(len, used), strict=True)) == sizes
+    assert mixed.weights.tolist() == pytest.approx([size / sum(sizes.values()) for size in sizes.values()])
+    assert build.steps(config.stages["instruct"].model_copy(update={"steps": None, "epochs": 2.0}), used) == 1550
