@@ -32,6 +32,7 @@ TORCH_FREE = [
     "reporting/analysis",
     "reporting/samples",
 ]
+CALLBACK_FILES = {"feature_store", "files", "pulses"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -72,7 +73,9 @@ def test_direction(path: Path) -> None:
         "convert": {"convert", "components", "data", "model", "batch"},
         "module": {"model", "batch", "schema", "components"},
         "strategies": {"schema", "files"},
-        "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies", "files", "pulses"},
+        "feature_store": {"files"},
+        "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies"}
+        | {"feature_store", "files", "pulses"},
         "schema": {"ablation", "components", "compat", "stages"},
         "stages": {"components"},
         "encoder_module": {"module", "batch"},

@@ -145,6 +145,16 @@ def steps(stage: Stage, used: list[Source]) -> int:
     return stage.steps or max(1, round((stage.epochs or 0) * sum(map(len, used)) / stage.batch))
 
 
+def features(config: Config, data: Loader) -> Callback:
+    """What keeps the features of the stage's frozen encoders, beside the stage store: all runs share them."""
+    from vlm_lab.callbacks import Features
+
+    options, records = config.trainer, sum(map(len, data.records.sources))
+    folder, shared = Path(config.output) / "cache" / "features", config.ablation is not None
+    draws = data.steps * data.batch
+    return Features(folder, options.feature_cache, options.feature_dtype, draws, records, shared)
+
+
 def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback]) -> Trainer:
     """Lightning's Trainer for one stage: one pass over `data`, whose length is steps x accumulated rows."""
     from lightning import Trainer

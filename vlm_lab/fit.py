@@ -130,13 +130,14 @@ class Worker:
         steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in earlier)
         meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
-        self.continue_or_start(name, module, loader, folder, [meter, bad])
+        features = build.features(config, loader)
+        self.continue_or_start(name, module, loader, folder, [meter, bad, features])
         if RANK == 0:
             adapt.merge(made.model)
             save_model(made.model, str(folder / "model.safetensors"))
             made.tokenizer.save_pretrained(folder / "tokenizer")
             record = {"stage": name, **meter.summary(), "steps": loader.steps, "world_size": WORLD}
-            record |= {"peak_gib": peak_gib(), "bad_records": len(bad.seen)}
+            record |= {"peak_gib": peak_gib(), "bad_records": len(bad.seen), "features": features.summary()}
             record |= {"trainable": [row.as_dict() for row in rows]}
             (folder / RECORD).write_text(json.dumps(record, indent=1))
 

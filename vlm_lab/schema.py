@@ -61,6 +61,10 @@ class Trainer(Strict):
     checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
     checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
     timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
+    feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "auto"  # of frozen encoders; auto: if faster
+    feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = (
+        None  # they are rounded to, cache or not
+    )
 
 
 class Eval(Strict):
@@ -189,6 +193,8 @@ def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
     """ZeRO shards plain weights and the states of PyTorch's optimizers only."""
     if not trainer.strategy.startswith("zero"):
         return
+    if trainer.feature_cache == "on" and trainer.strategy.startswith("zero3"):
+        raise ValueError("trainer.feature_cache = on: under ZeRO-3 all processes run the encoder together; say auto")
     four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
     if four_bit:
         raise ValueError(f"stages.{name}.train.{four_bit[0]}.adapt = qlora needs trainer=gpu, cpu or ddp, not ZeRO")

@@ -2,7 +2,8 @@
 
 from vlm_lab.callbacks.checkpoints import AtomicFiles, Checkpoints, Preempted, latest
 from vlm_lab.callbacks.contract import Contract
+from vlm_lab.callbacks.features import Features
 from vlm_lab.callbacks.meter import BadRecords, Meter
 from vlm_lab.callbacks.pulse import Pulse
 
-__all__ = ["AtomicFiles", "BadRecords", "Checkpoints", "Contract", "Meter", "Preempted", "Pulse", "latest"]
+__all__ = ["AtomicFiles", "BadRecords", "Checkpoints", "Contract", "Features", "Meter", "Preempted", "Pulse", "latest"]

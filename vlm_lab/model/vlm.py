@@ -4,6 +4,7 @@ Knows nothing of files, configs or Lightning. Training rows are packed (many sam
 where each begins); generation takes one sample per row, padded on the left.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class VLM(nn.Module):
         self.encoder = nn.ModuleDict(encoders)
         self.connector = connector
         self.llm: Any = llm
+        self.lookups: dict[str, Callable[[Tensor], FeatureMap]] = {}  # in the place of encoders whose features are kept
         if newline:
             connector.newline = nn.Embedding(1, connector.out_dim)
             nn.init.normal_(connector.newline.weight, std=connector.out_dim**-0.5)
@@ -77,7 +79,7 @@ class VLM(nn.Module):
         encoder, pixels = self.encoder[name], batch.pixels[name]
         if name in batch.sizes:
             return native_features(encoder, pixels, batch.sizes[name])
-        return without_padding(encoder(pixels), batch.layouts)
+        return without_padding(self.lookups.get(name, encoder)(pixels), batch.layouts)
 
     def splice(self, batch: Batch | Prompts, seen: Seen) -> Tensor:
         """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""
