@@ -1,6 +1,7 @@
 """The grid of parts: every encoder x connector x {qwen2, llama} x tiling at tiny size, and what each cell must do.
 
     python tests/grid.py            all cells, with a table of what was refused and why (`make test-grid`)
+    python tests/grid.py --table    which go together, as docs/grid.md shows it; runs nothing
     pytest tests/test_grid.py       a sample in which every two options of different kinds meet at least once
 
 A cell is composed from conf/ as a user would, built, trained for one step, packed and unpacked, generated from, saved
@@ -98,6 +99,20 @@ def refused(cell: Cell) -> str | None:
     return None
 
 
+def coverage() -> str:
+    """A Markdown table: of so many encoders, how many work with a connector (rows) and a tiling (columns)."""
+    working = Counter((connector, tiling) for _, connector, llm, tiling in filter(allowed, cells()) if llm == LLMS[0])
+    lines = [f"| connector | {' | '.join(options('tiling'))} |", "|---" * (1 + len(options("tiling"))) + "|"]
+    for connector in options("connector"):
+        counts = [str(working[connector, tiling]) for tiling in options("tiling")]
+        lines.append(f"| {connector} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
+def allowed(cell: Cell) -> bool:
+    return refused(cell) is None
+
+
 class Bench:
     """Runs cells; holds what they share: tokenizers and a folder."""
 
@@ -162,6 +177,8 @@ def scale(gradient: torch.Tensor) -> float:
 
 def main() -> None:
     """Every cell; exit code 1 if one fails."""
+    if sys.argv[1:] == ["--table"]:
+        sys.exit(print(coverage()))
     reasons: Counter[str] = Counter()
     failures, passed, start = [], 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -26,3 +26,7 @@ def test_coverage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert all("choose" in (grid.refused(cell) or "choose") or "set" in (grid.refused(cell) or "") for cell in CELLS)
     with capsys.disabled():
         print(f"\ngrid: {len(CELLS)} cells, {len(CELLS) - len(working)} refused with a reason, {len(SAMPLE)} run here")
+
+
+def test_the_page_shows_the_grid_as_it_is() -> None:
+    assert grid.coverage() in (grid.ROOT / "docs/grid.md").read_text()
