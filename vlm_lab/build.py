@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning import Callback, Trainer
     from transformers import PreTrainedTokenizerFast
 
+    from vlm_lab.callbacks import Features
     from vlm_lab.data.loader import Loader
     from vlm_lab.data.mixture import Mixture
     from vlm_lab.data.process import Processor, TextProcessor
@@ -145,7 +146,7 @@ def steps(stage: Stage, used: list[Source]) -> int:
     return stage.steps or max(1, round((stage.epochs or 0) * sum(map(len, used)) / stage.batch))
 
 
-def features(config: Config, data: Loader) -> Callback:
+def features(config: Config, data: Loader) -> Features:
     """What keeps the features of the stage's frozen encoders, beside the stage store: all runs share them."""
     from vlm_lab.callbacks import Features
 

@@ -45,16 +45,14 @@ class FeatureStore:
     def __contains__(self, key: bytes) -> bool:
         return key in self.places
 
-    def read(self, keys: Sequence[bytes]) -> np.ndarray:
-        """A copy [len(keys), size]."""
-        out = np.empty((len(keys), self.size), dtype=np.uint8)
+    def read(self, keys: Sequence[bytes], out: np.ndarray) -> None:
+        """Copy the rows of `keys` to `out` [len(keys), size]."""
         for index, key in enumerate(keys):
             segment, row = self.places[key]
             if row >= len(self.segments[segment]):  # added since this process's own segment was mapped
                 mapped = np.memmap(self.path, dtype=np.uint8, mode="r", shape=(len(self.keys), self.size))
                 self.segments[segment] = mapped
             out[index] = self.segments[segment][row]
-        return out
 
     def add(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
         """Append the rows [len(keys), size] whose keys are new."""

@@ -124,8 +124,11 @@ class CachedTower:
 
     def looked_up(self, keys: list[bytes], device: torch.device) -> FeatureMap:
         assert self.store is not None and self.kept is not None
-        rows = torch.from_numpy(self.store.read(keys)).view(self.kept)
-        tokens = rows.view(len(keys), *self.like.tokens.shape[1:])
+        rows = torch.empty(
+            len(keys), self.store.size, dtype=torch.uint8
+        )  # torch's, for the alignment of computed ones:
+        self.store.read(keys, rows.numpy())  # for the same reason as in `rounded`
+        tokens = rows.view(self.kept).view(len(keys), *self.like.tokens.shape[1:])
         return self.like._replace(tokens=tokens.to(device).to(self.like.tokens.dtype))
 
     def decide(self) -> None:
@@ -171,11 +174,17 @@ class CachedTower:
 
 
 def rounded(encoder: nn.Module, dtype: str | None) -> Callable[[Tensor], FeatureMap]:
-    """The encoder, its features rounded to `dtype` (None: left as they are), in the cache or not."""
-    if dtype is None:
-        return encoder
-    target = getattr(torch, dtype)
-    return lambda pixels: (f := encoder(pixels))._replace(tokens=f.tokens.to(target).to(f.tokens.dtype))
+    """The encoder, its features rounded to `dtype` (None: left as they are), in the cache or not.
+
+    Contiguous, as they come from the cache: matrix products round in other places for other layouts of memory.
+    """
+
+    def compute(pixels: Tensor) -> FeatureMap:
+        found: FeatureMap = encoder(pixels)
+        tokens = found.tokens if dtype is None else found.tokens.to(getattr(torch, dtype)).to(found.tokens.dtype)
+        return found._replace(tokens=tokens.contiguous())
+
+    return compute
 
 
 def chip(device: torch.device) -> str:
