@@ -13,7 +13,7 @@ from vlm_lab.explain import explain
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "sweep")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
-NEEDS_PATH = {"llava_json", "cauldron", "obelics"}
+NEEDS_PATH = {"llava_json", "cauldron", "obelics", "webdataset", "caption_parquet"}
 COMPANIONS = {  # what an option cannot be without
     ("data", "scenes_onevision"): ["tiling=anyres_max"],
     ("stage", "knowledge"): ["tiling=anyres_max"],

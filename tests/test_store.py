@@ -93,7 +93,7 @@ CHANGES = [(model, name) for model, kinds in FIELDS.items() for name in kinds if
 def place(config: Config, model: type) -> Any:
     """Where the first stage finds the settings of `model`."""
     stage = config.stages["align"]
-    return {Config: config, Stage: stage, Rule: stage.train["llm"], Data: config.data}.get(model) or getattr(
+    return {Config: config, Stage: stage, Rule: stage.train["connector"], Data: config.data}.get(model) or getattr(
         config, model.__name__.lower()
     )
 

@@ -1,8 +1,8 @@
 """Captions for pretraining: `long_caption`, a full synthetic description; `tags`, its nouns; `alt_text`, the web's.
 
-The long one tells everything in the picture, the tags only what there is, from left to right. The alt text is like what
-is scraped from the web: it covers a part of the picture, may be dressed up with noise, and in one case of eight says
-nothing about the picture at all.
+The long one tells everything in the picture, the tags only what there is, from left to right, `placed` in the same few
+words also where it is and what a bar is worth. The alt text is like what is scraped from the web: it covers a part of
+the picture, may be dressed up with noise, and in one case of eight says nothing about the picture at all.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,6 +85,16 @@ def tags(scene: Scene, rng: Generator) -> str:
     return ", ".join(_look(t) if isinstance(t, Shape) else f"{t.color} sign {t.text}" for t in things)
 
 
+def placed(scene: Scene, rng: Generator) -> str:
+    """The tags with places and values: "red star top left, purple sign rain center"; "blue bar K 4"."""
+    if scene.chart:
+        return ", ".join(f"{bar.color} bar {bar.label} {bar.value}" for bar in scene.chart.bars)
+    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
+    names = [_look(t) if isinstance(t, Shape) else f"{t.color} sign {t.text}" for t in things]
+    places = [_place(scene, thing).partition(" the ")[2] for thing in things]
+    return ", ".join(f"{name} {place}" for name, place in zip(names, places, strict=True))
+
+
 def alt_text(scene: Scene, rng: Generator) -> str:
     """A short, partial, noisy text such as a web page gives with a picture."""
     if rng.random() < 0.125:
@@ -104,4 +114,9 @@ def _glimpse(scene: Scene, rng: Generator) -> str:
     return " and ".join(pick(rng, (_look(shape), shape.shape)) for shape in seen)
 
 
-CAPTIONS: dict[str, Callable[[Scene, Generator], str]] = {"long": long_caption, "tags": tags, "alt": alt_text}
+CAPTIONS: dict[str, Callable[[Scene, Generator], str]] = {
+    "long": long_caption,
+    "tags": tags,
+    "placed": placed,
+    "alt": alt_text,
+}

@@ -25,7 +25,8 @@ REQUESTS = ("Describe the image.", "What is in this image?", "Write a caption fo
 class SceneCaptions:
     """One picture and its caption per record.
 
-    `kind`: "long" (a full synthetic description), "tags" (what there is, nothing more) or "alt" (partial, noisy).
+    `kind`: "long" (a full synthetic description), "tags" (what there is, nothing more), "placed" (and where) or "alt"
+    (partial, noisy).
     `cache`: a folder for ready-made pixels; None draws each picture when it is asked for.
     Raises ValueError on an unknown split or kind.
     """

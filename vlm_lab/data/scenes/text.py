@@ -8,13 +8,13 @@ vocabulary, its forms of questions, and to read answers off what stands before t
 from numpy.random import Generator
 
 from vlm_lab.data.sample import Message, Sample, document
-from vlm_lab.data.scenes.captions import alt_text, long_caption, tags
+from vlm_lab.data.scenes.captions import alt_text, long_caption, placed, tags
 from vlm_lab.data.scenes.compose import compose, pick
 from vlm_lab.data.scenes.questions import GROUPS, ask
 from vlm_lab.data.scenes.source import REQUESTS, hash_of, require, require_index
 from vlm_lab.data.scenes.world import SPLITS, Scene, stream
 
-LONG = 0.25  # share of full descriptions among the conversations
+TELLERS, SHARES = (tags, placed, long_caption), (0.4, 0.5, 0.1)  # what a picture is told by
 KINDS = {"running": 0.1, "retold": 0.3, "answers": 0.5, "known": 0.1}  # shares
 
 
@@ -46,7 +46,8 @@ def running(scene: Scene, rng: Generator) -> tuple[Message, ...]:
 
 def answers(scene: Scene, rng: Generator) -> tuple[Message, ...]:
     """A description, and questions about it."""
-    told, groups = (long_caption, GROUPS) if rng.random() < LONG else (tags, ("general",))  # tags tell of no places
+    told = TELLERS[int(rng.choice(len(TELLERS), p=SHARES))]
+    groups = {tags: ("general",), placed: ("general", "vision_centric")}.get(told, GROUPS)  # that it tells of
     return asked(told(scene, rng), scene, groups, rng)
 
 
@@ -57,7 +58,8 @@ def known(scene: Scene, rng: Generator) -> tuple[Message, ...]:
 
 def retold(scene: Scene, rng: Generator) -> tuple[Message, ...]:
     """A description said in another way."""
-    first, second = ((long_caption, tags), (tags, tags))[int(rng.random() >= LONG)]
+    first, second = (TELLERS[int(rng.choice(len(TELLERS), p=SHARES))] for _ in range(2))
+    second = second if first is long_caption else first  # shorter ones say less: they can only be repeated
     return turns(first(scene, rng), [(pick(rng, REQUESTS), second(scene, rng))])
 
 
