@@ -84,9 +84,9 @@ def tower(folder: Path, seconds: float, views: int = 10, again: bool = True) -> 
 
 
 def test_auto_measures(tmp_path: Path) -> None:
-    """Half a megabyte is looked up in well under 20 ms, and not for free; what costs nothing is computed."""
+    """Half a megabyte is looked up in well under 50 ms, and not for free; what costs nothing is computed."""
     views = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
-    slow, free = tower(tmp_path / "slow", 0.02), tower(tmp_path / "free", 0.0)
+    slow, free = tower(tmp_path / "slow", 0.05), tower(tmp_path / "free", 0.0)
     for cached in (slow, free):
         first = cached(views)
         for _ in range(PROBE + 2):
@@ -94,14 +94,14 @@ def test_auto_measures(tmp_path: Path) -> None:
         assert torch.equal(again.tokens, first.tokens) and again.grid == (16, 32)
         cached.close()
     assert slow.why == "" and slow.read == 3 * 4
-    assert 0.1 < slow.summary()["saved_s"] < 3 * 4 * 0.03
+    assert 0.1 < slow.summary()["saved_s"] < 3 * 4 * 0.1
     assert "of 24 views looked up" in slow.report()
     assert free.read == 0 and "not used, looking up takes" in free.report()
 
 
 def test_auto_needs_room_and_repetition(tmp_path: Path) -> None:
     views = torch.randint(0, 255, (4, 3, 8, 8), dtype=torch.uint8)
-    huge = tower(tmp_path / "huge", 0.005, views=10**9)
+    huge = tower(tmp_path / "huge", 0.05, views=10**9)
     for _ in range(PROBE + 1):
         huge(views)
     assert "more than half of the free disk" in huge.report()
