@@ -5,6 +5,7 @@ where each begins); generation takes one sample per row, padded on the left.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,29 @@ from vlm_lab.model.arrange import arrange
 from vlm_lab.model.connectors import Connector, DeepConnector
 from vlm_lab.model.features import FeatureMap, without_padding
 from vlm_lab.model.inside import Seen, decoder_layers, inside, sample_numbers
+from vlm_lab.model.loss import blockwise_cross_entropy, by_blocks, headless
 from vlm_lab.model.native import native_features
 
 
 def answer_loss(llm: Any, embeds: Tensor, batch: Batch) -> Tensor:
     """Sum of the cross-entropy over a packed row's targets; `embeds` [1, L, D] is what the LLM reads."""
     answers = batch.targets[0].ne(IGNORE).nonzero().squeeze(1)  # positions that predict an answer token
-    logits = llm(
+    targets = batch.targets[0, answers]
+    call = partial(
+        llm,
         inputs_embeds=embeds,
         position_ids=batch.position_ids,
         attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
         cu_seq_lens_q=batch.cu_seqlens,
         use_cache=False,
         logits_to_keep=answers,
-    ).logits  # [1, answers, vocabulary]
-    return F.cross_entropy(logits[0].float(), batch.targets[0, answers], reduction="sum")
+    )
+    if by_blocks(llm, len(answers)):
+        with headless(llm) as head:
+            hidden = call().logits  # [1, answers, D]
+        return blockwise_cross_entropy(hidden[0], head.weight, head.bias, targets)
+    logits = call().logits  # [1, answers, vocabulary]
+    return F.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
 class VLM(nn.Module):
