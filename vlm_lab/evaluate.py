@@ -51,8 +51,10 @@ def load_run(run: Path, config: Config) -> tuple[VLM, Processor]:
 
     `run` is a run folder, or what vlm_lab/export.py wrote: the last stage's files beside config.yaml.
     """
-    exported = (run / "model.safetensors").is_file()
-    folder = run if exported else run / "stages" / list(config.stages)[-1]
+    exported, last = (run / "model.safetensors").is_file(), list(config.stages)[-1]
+    if config.stages[last].part is not None:
+        raise ValueError(f"{run} only pretrained parts: score its encoders with python -m vlm_lab.probe {run}")
+    folder = run if exported else run / "stages" / last
     vlm = build.vlm(config)
     load_model(vlm, folder / "model.safetensors")
     processor = build.processor(config, vlm, build.tokenizer(config, folder / "tokenizer"))
@@ -86,10 +88,9 @@ def main() -> None:
     if not (run / "config.yaml").is_file():
         sys.exit(f"error: {run} is no run folder: it has no config.yaml")
     try:
-        config = schema.load(run / "config.yaml", sys.argv[2:])
+        evaluate_run(run, schema.load(run / "config.yaml", sys.argv[2:]))
     except CONFIG_ERRORS as error:
         sys.exit(f"error: {explain(error)}")
-    evaluate_run(run, config)
     console.print(f"predictions: {run / 'eval'}", soft_wrap=True)
 
 

@@ -127,10 +127,11 @@ def probe(run: Path, config: Config, train: str | None = None, test: str | None 
 
 def show(found: dict[str, Any]) -> None:
     names = ["zero_shot", "linear_probe", *(f"{way}_r{k}" for way in ("text", "image") for k in KS)]
-    table = Table("encoder", *names, title="pretrained encoders: scores in %, chance in brackets", title_justify="left")
-    for encoder, row in found.items():
-        cells = [f"{100 * row[n]['value']:.1f} ({100 * row[n]['chance']:.1f})" if n in row else "-" for n in names]
-        table.add_row(encoder, *cells)
+    table = Table("score", *found, title="pretrained encoders: scores in %, chance in brackets", title_justify="left")
+    for name in names:
+        cells = [row.get(name) for row in found.values()]
+        texts = [f"{100 * cell['value']:.1f} ({100 * cell['chance']:.1f})" if cell else "-" for cell in cells]
+        table.add_row(name, *texts)
     console.print(table)
 
 
