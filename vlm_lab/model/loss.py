@@ -37,10 +37,9 @@ class BlockwiseCrossEntropy(Function):
             slope = logits.sub_(normaliser).exp_()  # softmax, in the place of the logits
             slope.scatter_add_(1, targets[part, None], slope.new_full((len(slope), 1), -1.0))
             accumulate(grads, hidden[part], weight, slope.to(hidden.dtype), part)
-        like = [
-            grad if grad is None else grad.to(t.dtype) for grad, t in zip(grads, (hidden, weight, bias), strict=True)
-        ]
-        ctx.save_for_backward(*like)
+        inputs: list[Any] = [hidden, weight, bias]
+        pairs = zip(grads, inputs, strict=True)
+        ctx.save_for_backward(*(None if grad is None else grad.to(given.dtype) for grad, given in pairs))
         return total
 
     @staticmethod
