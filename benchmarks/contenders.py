@@ -47,6 +47,7 @@ def config(folder: Path) -> schema.Config:
         "data.holdout=0",
         f"output={folder}",
         "stage=[align]",
+        "bootstrap=[]",
         "connector=mlp",
     ]
     overrides += [f"stages.align.{key}={BATCH}" for key in ("batch", "micro_batch")]

@@ -34,6 +34,7 @@ ARMS = [[*how, f"stages.instruct.train.connector={rate}"] for rate, how in produ
 RECORDS, BATCH = 96, 8
 SHAPE = {"image_size": 96, "patch_size": 8, "width": 192, "depth": 6, "heads": 3}
 SETTINGS = [
+    "bootstrap=[]",
     *(f"encoder.siglip.{key}={value}" for key, value in SHAPE.items()),
     *(f"data.sources.{name}.size={RECORDS}" for name in ("captions", "questions", "text")),
     "data.tasks.scenes.size=8",
