@@ -35,6 +35,12 @@ def test_texts_end_with_cls_and_targets_with_eos(words: Wordpiece) -> None:
     assert words.target(ids * 3, 6).tolist() == [*(ids * 3)[:4], 2, IGNORE]
 
 
+def test_word_pieces_are_the_same_whenever_they_are_made(words: Wordpiece) -> None:
+    again = train(["photo", "a blue heart on the right", "a red star on the left"] * 5, 200)
+    assert again.tokenizer.get_vocab() == words.tokenizer.get_vocab()
+    assert len(words.words("star")) == 1 and len(words.words("tsar")) == 4  # an unknown word is spelt
+
+
 def test_word_pieces_are_made_once(tmp_path: Path) -> None:
     first, second = (trained_wordpiece([ScenePairs("train", 20)], 300, tmp_path) for _ in range(2))
     assert first.words("red star top left") == second.words("red star top left")
