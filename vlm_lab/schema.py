@@ -163,6 +163,8 @@ def check_stage(name: str, stage: Stage, config: Config) -> None:
         if head not in OBJECTIVES[kind(stage)] or (head == "encoder" and part and part not in encoders):
             options = [*parts, *(["encoder"] if encoders else []), *(f"encoder.{e}" for e in encoders)]
             raise ValueError(f"stages.{name}.train.{path}: no such module; there are {', '.join(options)}")
+    if stage.turns is not None and not config.data.shuffle_turns:
+        raise ValueError(f"stages.{name}.turns = {stage.turns} draws questions: it needs data.shuffle_turns=true")
     check_sharding(name, stage, config.trainer)
     processes = config.trainer.devices
     if stage.batch % processes:

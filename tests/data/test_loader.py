@@ -119,6 +119,20 @@ def test_shuffled_turns_keep_pairs_and_the_images_in_front() -> None:
     assert len(orders) == 6
 
 
+def test_some_turns_are_drawn_anew() -> None:
+    """With `most`, so many different questions at a time, behind the images, with their answers; in the end all."""
+    sample = conversation((ImageSlot(0), "\nq0"), ("q1",), ("q2",))
+    seen = set()
+    for seed in range(40):
+        first, one, *rest = shuffled_turns(sample, np.random.default_rng(seed), 2).messages
+        assert len(rest) == 2
+        assert first.content[0] == ImageSlot(0)
+        assert str(first.content[1])[2:] == str(one.content[0])[1:] != str(rest[1].content[0])[1:]
+        seen.add(first.content[1])
+    assert seen == {"\nq0", "\nq1", "\nq2"}
+    assert len(shuffled_turns(sample, np.random.default_rng(0), 99).messages) == 6
+
+
 def test_interleaved_conversations_are_not_shuffled() -> None:
     for sample in (conversation(("q0",), (ImageSlot(0), "q1")), conversation(("look: ", ImageSlot(0)), ("q1",))):
         assert all(shuffled_turns(sample, np.random.default_rng(seed)) is sample for seed in range(5))

@@ -24,7 +24,7 @@ class Records(Dataset):
     """Draw number -> processed example, or the BadRecord that says why there is none.
 
     With `shuffle_turns` the questions on an image come in a new order at every draw, so that no kind of question is
-    tied to a place in the conversation (Idefics2 does the same).
+    tied to a place in the conversation (Idefics2 does the same); `turns`: so many of them at most.
     """
 
     def __init__(
@@ -33,16 +33,17 @@ class Records(Dataset):
         mixture: Mixture,
         processor: Processor | TextProcessor,
         shuffle_turns: bool = False,
+        turns: int | None = None,
     ) -> None:
         self.sources, self.mixture, self.processor = sources, mixture, processor
-        self.shuffle_turns = shuffle_turns
+        self.shuffle_turns, self.turns = shuffle_turns, turns
 
     def __getitem__(self, draw: int) -> Example | BadRecord:
         source, index = self.mixture[draw]
         try:
             sample = self.sources[source][index]
             if self.shuffle_turns:
-                sample = shuffled_turns(sample, generator(self.mixture.seed, draw))
+                sample = shuffled_turns(sample, generator(self.mixture.seed, draw), self.turns)
             return self.processor.example(sample)
         except BadRecord as bad:
             return bad

@@ -1,4 +1,4 @@
-"""The order of the questions in a conversation: shuffled for training, so that none is tied to a place in it."""
+"""Which questions of a conversation are asked, in which order: drawn for training, so that none is tied to a place."""
 
 import itertools
 from dataclasses import replace
@@ -8,8 +8,9 @@ import numpy as np
 from vlm_lab.data.sample import ImageSlot, Message, Sample
 
 
-def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The question-answer pairs in random order; what opened the first question (its images) opens the new first one.
+def shuffled_turns(sample: Sample, rng: np.random.Generator, most: int | None = None) -> Sample:
+    """`most` (None: all) of the question-answer pairs in random order; the images that opened the first question open
+    the new first one.
 
     A conversation with images in a later turn, or with text before its first image, stays as it is; so does a document.
     """
@@ -25,7 +26,7 @@ def shuffled_turns(sample: Sample, rng: np.random.Generator) -> Sample:
     lead = "\n" if opening and questions[0].startswith("\n") else ""
     questions[0] = questions[0].removeprefix(lead)
     turns: list[Message] = []
-    for place, old in enumerate(rng.permutation(len(users))):
+    for place, old in enumerate(rng.permutation(len(users))[:most]):
         content = (*opening, lead + questions[old]) if place == 0 else (questions[old],)
         turns += [Message("user", content), answers[old]]
     return replace(sample, messages=(*system, *turns))
