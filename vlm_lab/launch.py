@@ -27,6 +27,7 @@ from vlm_lab.schema import Config
 from vlm_lab.store import INPUTS, Store, hash_of, stage_inputs
 
 FAILURE, RESULT, EVALUATION, LOG = "failure.json", "result.json", "evaluation.json", "log.txt"
+STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives it
 PACKAGES = ("torch", "transformers", "timm", "lightning", "hydra-core")
 
 
@@ -49,6 +50,9 @@ def launch(config: Config) -> float:
     except subprocess.CalledProcessError as error:
         reason = failure(run, error)
         write_result(run, config, {"status": "failed", "reason": reason, "wall_s": time.time() - started})
+        if error.returncode == STOPPED:  # whoever stops us does not want a sweep's next run either
+            console.print(f"{reason} (see {run / RESULT})", soft_wrap=True)
+            sys.exit(STOPPED)
         raise RunFailed(f"{reason} (see {run / RESULT})") from error
     stages = {name: {"key": key, "reused": name in reused, **store.record(key)} for name, key in keys.items()}
     metrics = json.loads((run / EVALUATION).read_text())["metrics"]
@@ -92,28 +96,37 @@ def train_and_evaluate(config: Config, run: Path, inputs: dict[str, dict[str, An
 def child(module: str, *args: str | Path, log: Path | None = None) -> None:
     """Run a module of this package, wherever the user stands; its output to the terminal, or appended to `log`.
 
-    CalledProcessError if it fails.
+    CalledProcessError if it fails, with the code STOPPED if SIGTERM came meanwhile.
     """
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", module, *map(str, args)]
     with nullcontext() if log is None else log.open("a") as out:
         error = None if log is None else subprocess.STDOUT
         env = {**os.environ, "PYTHONPATH": path, "VLM_LAB_PARENT": str(os.getpid())}
-        with subprocess.Popen(command, env=env, stdout=out, stderr=error) as process, sigterm_to(process):
+        with subprocess.Popen(command, env=env, stdout=out, stderr=error) as process, sigterm_to(process) as told:
             code = process.wait()
-    if code:
-        raise subprocess.CalledProcessError(code, command)
+    if code or told:
+        raise subprocess.CalledProcessError(STOPPED if told else code, command)
 
 
 @contextmanager
-def sigterm_to(process: subprocess.Popen) -> Iterator[None]:
-    """While the context lasts, SIGTERM goes to `process` instead (in the main thread; others get no signals)."""
+def sigterm_to(process: subprocess.Popen) -> Iterator[list[int]]:
+    """While the context lasts, SIGTERM goes to `process` instead (in the main thread; others get no signals).
+
+    Gives the list of those that came.
+    """
+    told: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield told
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+
+    def pass_on(number: int, _: Any) -> None:
+        told.append(number)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        yield
+        yield told
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -128,6 +141,8 @@ def failure(run: Path, error: subprocess.CalledProcessError) -> str:
     """Why a child failed: what it wrote, or the signal that killed it."""
     if (run / FAILURE).is_file():
         return json.loads((run / FAILURE).read_text())["reason"]
+    if error.returncode == STOPPED:
+        return "stopped by SIGTERM; the same command continues"
     signs = f"; {found}" if (found := last_signs(run)) else ""
     if error.returncode < 0:
         hint = " (out of memory?)" if error.returncode == -9 else ""

@@ -61,7 +61,7 @@ class Trainer(Strict):
     checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
     checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
     timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
-    feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "auto"  # of frozen encoders; auto: if faster
+    feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "off"  # of frozen encoders; auto: if faster
     feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = (
         None  # they are rounded to, cache or not
     )
