@@ -62,20 +62,25 @@ def test_the_model_uses_it_for_large_logits(processor: Processor, monkeypatch: p
 
 
 def peak_mib(call: str) -> float:
-    """Growth of the resident memory of a process of its own over one forward and backward pass."""
+    """Growth of the resident memory of a process of its own over one forward and backward pass.
+
+    Not by `ru_maxrss`: that begins at what the parent had.
+    """
     code = f"""
-import resource, torch
+import re, torch
+from pathlib import Path
 from torch.nn import functional as F
 from vlm_lab.data.loader import pack
 from vlm_lab.data.process import Processor
 from vlm_lab.model import loss
 from vlm_lab.model.loss import blockwise_cross_entropy as blockwise
 torch.set_num_threads(1)
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 hidden, weight = torch.randn(2048, 32, requires_grad=True), torch.randn(30000, 32, requires_grad=True)
 targets = torch.randint(0, 30000, (2048,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 ({call}).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return float(result.stdout)
