@@ -11,6 +11,8 @@ from helpers import ROOT, max_difference
 from PIL import Image
 from safetensors.torch import load_file
 
+from vlm_lab import chat
+
 SMALL = [
     "bootstrap=[]",
     "encoder.siglip.width=32",
@@ -110,24 +112,23 @@ def test_wandb_run_reads_back(finished: subprocess.CompletedProcess[str], output
     assert sum(is_png(path) for path in staged) == 8  # four rows with the real image, four with a shuffled one
 
 
-def test_chat_answers_from_the_run_folder_alone(finished: object, output: Path) -> None:
+def test_chat_answers_from_the_run_folder_alone(
+    finished: object, output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     Image.new("RGB", (40, 30), "red").save(output / "red.png")
-    run, environment = str(only_run(output)), {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def ask(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "vlm_lab.chat", run, *words]
-        return subprocess.run(
-            command, cwd=output, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-
-    answered = ask("red.png", "red.png", "What colour is it?")
-    assert answered.returncode == 0, answered.stderr
-    assert len(answered.stdout.splitlines()) == 1
-    assert "rot.png: no such image file; the question goes last" in ask("rot.png", "What colour?").stderr
     (output / "torn.png").write_bytes((output / "red.png").read_bytes()[:60])
-    torn = ask("torn.png", "What colour?")
-    assert torn.returncode == 1
-    assert torn.stderr.splitlines()[-1].startswith("error: ") and "torn.png" in torn.stderr
+    monkeypatch.chdir(output)
+
+    def ask(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["chat", str(only_run(output)), *words])
+        chat.main()
+
+    ask("red.png", "red.png", "What colour is it?")
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(SystemExit, match=r"error: rot\.png: no such image file; the question goes last"):
+        ask("rot.png", "What colour?")
+    with pytest.raises(SystemExit, match=r"error: .*torn\.png"):
+        ask("torn.png", "What colour?")
 
 
 def test_the_same_command_again_reuses_both_stages(finished: subprocess.CompletedProcess[str], output: Path) -> None:

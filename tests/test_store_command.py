@@ -55,7 +55,7 @@ def test_ls(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     out = command(monkeypatch, capsys, "--store", output / "store", "ls")
     rows = [re.findall(r"[\w.,]+", line) for line in out.splitlines() if re.match(r"│ [0-9a-f]{16}", line)]
     assert sorted((row[1], row[2], row[3], row[-1]) for row in rows) == [
-        ("align", "1,200", "12,345", "2"),  # linked to by both runs
+        ("align", "500", "12,345", "2"),  # linked to by both runs
         ("instruct", "400", "12,345", "1"),
         ("instruct", "7", "12,345", "1"),
     ]

@@ -39,7 +39,9 @@ def trained(output: Path, runs: int) -> Callable[[], bool]:
 
 
 def answers(output: Path) -> dict[str, str]:
-    return {f"{path.parts[-3]}/{path.name}": path.read_text() for path in output.glob("runs/*/eval/*.jsonl")}
+    """By arm, seed and way of showing images; the hash behind a run's name knows the output folder."""
+    found = output.glob("runs/*/eval/*.jsonl")
+    return {f"{path.parts[-3].rpartition('-')[0]}/{path.name}": path.read_text() for path in found}
 
 
 def report(output: Path) -> str:
