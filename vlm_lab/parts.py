@@ -18,6 +18,7 @@ from vlm_lab.data.chat import Chat
 from vlm_lab.data.loader import Loader
 from vlm_lab.data.pretrain import PairLoader, PairRecords
 from vlm_lab.data.process import TextProcessor
+from vlm_lab.data.sample import Source
 from vlm_lab.data.wordpiece import Wordpiece, load_wordpiece, trained_wordpiece
 from vlm_lab.encoder_module import EncoderTraining
 from vlm_lab.model.pretrain import DualEncoder, MaskedEncoder
@@ -64,7 +65,8 @@ def text_parts(config: Config, stage: Stage) -> Parts:
 
 def encoder_parts(config: Config, stage: Stage) -> Parts:
     """One encoder, with what its objective adds."""
-    words = wordpieces(config, stage)
+    sources, mixture = build.mixture(config, stage)
+    words = wordpieces(config, stage, sources)
     model = stage_model(config, stage)
     eye = model.encoder[model.name]
     views, text = dict(stage.views or {}), {"length": 4, "queries": 2}  # the shortest there are, if nobody reads them
@@ -75,7 +77,6 @@ def encoder_parts(config: Config, stage: Stage) -> Parts:
     process = make(views, words=words, side=eye.image_size, patches=eye.grid[0] * eye.grid[1], **text)
 
     def loader(rank: int, world: int) -> Loader:
-        sources, mixture = build.mixture(config, stage)
         steps = build.steps(stage, sources)
         workers = config.trainer.num_workers
         return PairLoader(PairRecords(sources, mixture, process), steps, stage.batch, rank, world, workers)
@@ -83,10 +84,9 @@ def encoder_parts(config: Config, stage: Stage) -> Parts:
     return Parts(model, words, loader, EncoderTraining)
 
 
-def wordpieces(config: Config, stage: Stage) -> Wordpiece:
+def wordpieces(config: Config, stage: Stage, sources: list[Source]) -> Wordpiece:
     if stage.wordpieces is not None:
         return load_wordpiece(stage.wordpieces)
-    sources, _ = build.mixture(config, stage)
     return trained_wordpiece(sources, (stage.towers or {}).get("vocab", 32000), Path(config.output) / "cache")
 
 

@@ -7,7 +7,7 @@ the text's fingerprint, so two runs on the same data share it.
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,20 @@ def trained_tokenizer(
     """A byte-level BPE of at most `vocab_size` entries from the first TEXTS records of each source."""
     sources = list(sources)
     recipe = f"{VERSION} {template} {vocab_size} " + " ".join(source.fingerprint() for source in sources)
-    folder = cache / "tokenizers" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    make = lambda: train(sources, TEMPLATES[template], vocab_size)  # noqa: E731
+    return load_tokenizer(str(kept(cache / "tokenizers", recipe, make)))
+
+
+def kept(cache: Path, recipe: str, make: Callable[[], Any]) -> Path:
+    """The folder below `cache` of what `recipe` stands for; made and saved, by one process, if it is not there."""
+    folder = cache / hashlib.sha256(recipe.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             partial = folder.with_suffix(f".{os.getpid()}")
-            train(sources, TEMPLATES[template], vocab_size).save_pretrained(partial)
+            make().save_pretrained(partial)
             partial.rename(folder)
-    return load_tokenizer(str(folder))
+    return folder
 
 
 def train(sources: list[Source], template: Template, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -4,20 +4,17 @@ OpenVision's layout (its code): lower case; [PAD] 0, [bos] 1, [eos] 2 (both are 
 the last token of a text. The language model's tokenizer is another one: data/tokenizer.py.
 """
 
-import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from vlm_lab.batch import IGNORE
 from vlm_lab.data.sample import Source
-from vlm_lab.data.tokenizer import texts
+from vlm_lab.data.tokenizer import kept, texts
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ["[PAD]", "[bos]", "[eos]", "[UNK]", "[CLS]"]
@@ -70,14 +67,8 @@ def trained_wordpiece(sources: Iterable[Source], vocab: int, cache: Path) -> Wor
     """At most `vocab` word pieces of the sources' own text; cached under the text's fingerprint."""
     sources = list(sources)
     recipe = f"{VERSION} {vocab} " + " ".join(source.fingerprint() for source in sources)
-    folder = cache / "wordpieces" / hashlib.sha256(recipe.encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            partial = folder.with_suffix(f".{os.getpid()}")
-            train((text for source in sources for text in texts(source)), vocab).save_pretrained(partial)
-            partial.rename(folder)
-    return load_wordpiece(str(folder))
+    make = lambda: train((text for source in sources for text in texts(source)), vocab)  # noqa: E731
+    return load_wordpiece(str(kept(cache / "wordpieces", recipe, make)))
 
 
 def train(lines: Iterable[str], vocab: int) -> Wordpiece:

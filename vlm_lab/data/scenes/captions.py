@@ -81,18 +81,22 @@ def tags(scene: Scene, rng: Generator) -> str:
     """What there is, from left to right, without places or sizes: "red star, purple sign rain"."""
     if scene.chart:
         return ", ".join(f"{bar.color} bar {bar.label}" for bar in scene.chart.bars)
-    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
-    return ", ".join(_look(t) if isinstance(t, Shape) else f"{t.color} sign {t.text}" for t in things)
+    return ", ".join(map(_tag, _left_to_right(scene)))
 
 
 def placed(scene: Scene, rng: Generator) -> str:
     """The tags with places and values: "red star top left, purple sign rain center"; "blue bar K 4"."""
     if scene.chart:
         return ", ".join(f"{bar.color} bar {bar.label} {bar.value}" for bar in scene.chart.bars)
-    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
-    names = [_look(t) if isinstance(t, Shape) else f"{t.color} sign {t.text}" for t in things]
-    places = [_place(scene, thing).partition(" the ")[2] for thing in things]
-    return ", ".join(f"{name} {place}" for name, place in zip(names, places, strict=True))
+    return ", ".join(f"{_tag(t)} {_place(scene, t).partition(' the ')[2]}" for t in _left_to_right(scene))
+
+
+def _left_to_right(scene: Scene) -> list[Sign | Shape]:
+    return sorted([*scene.signs, *scene.shapes], key=lambda thing: thing.x)
+
+
+def _tag(thing: Sign | Shape) -> str:
+    return _look(thing) if isinstance(thing, Shape) else f"{thing.color} sign {thing.text}"
 
 
 def alt_text(scene: Scene, rng: Generator) -> str:

@@ -10,7 +10,7 @@ from vlm_lab.data.sample import ImageSlot, Message, Sample
 from vlm_lab.data.scenes.cache import ImageCache, SceneImage
 from vlm_lab.data.scenes.captions import CAPTIONS, alt_text
 from vlm_lab.data.scenes.compose import compose
-from vlm_lab.data.scenes.source import hash_of, require
+from vlm_lab.data.scenes.source import hash_of, require, require_index
 from vlm_lab.data.scenes.vocabulary import COLORS, SHAPES
 from vlm_lab.data.scenes.world import KINDS, SPLITS, block_kinds, stream
 
@@ -33,8 +33,7 @@ class ScenePairs:
         return self.size
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.size:
-            raise IndexError(f"record {index} of a source of {self.size}")
+        require_index(index, self.size)
         scene, rng = compose(self.seed, self.split, index), stream(self.seed, self.split, index, "caption")
         synthetic, raw = CAPTIONS[self.synthetic](scene, rng), alt_text(scene, rng)
         messages = (Message("user", (ImageSlot(0), "\nDescribe the image.")), Message("assistant", (synthetic,)))
