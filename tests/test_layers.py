@@ -71,7 +71,8 @@ def test_direction(path: Path) -> None:
         "eval": {"eval", "data", "model", "batch"},
         "batch": set(),
         "convert": {"convert", "components", "data", "model", "batch"},
-        "module": {"model", "batch", "schema", "components"},
+        "module": {"model", "batch", "schema", "components", "optimizers"},
+        "optimizers": {"stages"},
         "strategies": {"schema", "files"},
         "feature_store": {"files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies"}

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vlm_lab.batch import Batch
@@ -18,6 +18,7 @@ from vlm_lab.model import adapt, freeze
 from vlm_lab.model.checkpointing import checkpoint_activations, keep_checkpointing
 from vlm_lab.model.neftune import neftune
 from vlm_lab.model.vlm import VLM
+from vlm_lab.optimizers import make_optimizer
 from vlm_lab.schema import Stage
 
 
@@ -106,10 +107,10 @@ class VLMTraining(LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = freeze.param_groups(self.vlm, self.table)
-        optimizer = make_optimizer(self.stage, groups)
+        optimizer = make_optimizer(self.stage, groups, self.vlm)
         schedule = SCHEDULES[self.stage.schedule]
         factors: list[Any] = [
-            partial(schedule, steps=self.steps, warmup=round(g["warmup"] * self.steps)) for g in groups
+            partial(schedule, steps=self.steps, warmup=round(g["warmup"] * self.steps)) for g in optimizer.param_groups
         ]
         return {
             "optimizer": optimizer,
@@ -139,18 +140,6 @@ def rules(stage: Stage) -> freeze.Table:
         given = {name: value for name, value in dict(rule).items() if value is not None}
         table[path] = freeze.Rule(**{**defaults, **given})
     return table
-
-
-def make_optimizer(stage: Stage, groups: list[dict[str, Any]]) -> Optimizer:
-    """AdamW, or bitsandbytes' optimizers with 8-bit states. Lion (Chen et al. 2023) has its paper's betas."""
-    if stage.optimizer == "adamw":
-        return AdamW(groups, betas=(0.9, stage.beta2), fused=True)
-    from bitsandbytes import optim
-
-    if stage.optimizer == "lion8bit":
-        return optim.Lion8bit(groups, betas=(0.9, 0.99))
-    kind = optim.AdamW8bit if stage.optimizer == "adamw8bit" else optim.PagedAdamW8bit
-    return kind(groups, betas=(0.9, stage.beta2))
 
 
 def constant(step: int, steps: int, warmup: int) -> float:

@@ -87,7 +87,7 @@ class Stage(Strict):
     schedule: Annotated[Literal["cosine", "constant"], IDENTITY] = "cosine"
     warmup: Annotated[float, IDENTITY] = Field(0.0, ge=0, lt=1)  # fraction of the steps
     weight_decay: Annotated[float, IDENTITY] = Field(0.0, ge=0)
-    optimizer: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit"], IDENTITY] = "adamw"
+    optimizer: Annotated[Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "muon"], IDENTITY] = "adamw"
     beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
     neftune: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # alpha of the noise on the LLM's input
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm

@@ -76,7 +76,7 @@ def test_every_group_gets_a_fair_share_of_the_turns() -> None:
     turns = Counter(
         q.group for i in range(300) for q in ask(compose(0, "train", i), GROUPS, 6, stream(0, "train", i, "question"))
     )
-    assert all(turns[group] > 0.13 * turns.total() for group in GROUPS), turns  # three kinds of eight can be read
+    assert all(turns[group] > 0.1 * turns.total() for group in GROUPS), turns  # two kinds of eight can be read
 
 
 @pytest.mark.parametrize("groups", [None, ["ocr_chart"], ["vision_centric", "knowledge"]])
@@ -121,7 +121,8 @@ def test_options_hold_the_answer_once_and_letters_are_balanced() -> None:
             continue
         assert len(set(choices)) == len(choices) and f"\n{answer}. {choices['ABCD'.index(answer)]}\n" in question
         letters[answer] += len(choices) == 4
-    assert max(letters.values()) < 1.35 * min(letters[letter] for letter in "ABCD")
+    mean = letters.total() / 4
+    assert all(abs(letters[letter] - mean) < 3 * mean**0.5 for letter in "ABCD"), letters
 
 
 def test_names_single_out_one_thing() -> None:
@@ -218,7 +219,7 @@ def test_golden_texts() -> None:
     captions = [SceneCaptions("train", 60, kind=kind) for kind in ("long", "tags", "alt")]
     sources = [*captions, SceneQuestions("val", 60)]
     lines = [line for source in sources for i in range(60) for line in texts(source[i])]
-    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "e33a6a7a13bfc0e4"
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == "29f83850d3288528"
 
 
 def test_golden_pictures() -> None:
@@ -226,12 +227,12 @@ def test_golden_pictures() -> None:
     tiles = [np.asarray(render(compose(0, "train", i)).resize((4, 4), Image.Resampling.BOX), int) for i in range(6)]
     golden = np.array(
         [
-            [535, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 672, 652, 525],
-            [672, 672, 633, 635, 672, 672, 630, 651, 650, 641, 642, 650, 619, 642, 672, 672],
-            [672, 672, 569, 475, 672, 672, 595, 513, 672, 672, 672, 672, 672, 672, 672, 672],
-            [50, 50, 50, 50, 190, 88, 50, 50, 260, 129, 106, 208, 197, 203, 207, 209],
-            [118, 123, 128, 168, 273, 178, 341, 433, 211, 196, 164, 212, 118, 118, 118, 118],
-            [118, 118, 118, 118, 118, 118, 118, 118, 118, 118, 220, 190, 118, 118, 238, 204],
+            [730, 672, 765, 765, 695, 604, 765, 765, 765, 765, 684, 679, 765, 765, 620, 620],
+            [50, 50, 50, 50, 50, 50, 50, 50, 50, 50, 211, 225, 50, 50, 95, 112],
+            [672, 672, 522, 422, 672, 672, 523, 424, 672, 672, 670, 669, 672, 672, 672, 672],
+            [50, 50, 50, 50, 191, 83, 50, 50, 267, 121, 101, 210, 197, 201, 203, 209],
+            [201, 256, 259, 118, 171, 225, 228, 118, 118, 265, 265, 118, 118, 290, 290, 118],
+            [118, 118, 118, 118, 118, 118, 118, 118, 118, 118, 260, 228, 118, 118, 284, 248],
         ]
     ).reshape(6, 4, 4)
     assert abs(np.stack(tiles).sum(axis=-1) - golden).max() <= 18

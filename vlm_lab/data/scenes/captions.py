@@ -60,8 +60,7 @@ def _chart_sentences(chart: Chart, rng: Generator) -> list[str]:
 def _describe(thing: Shape | Sign, place: str) -> str:
     if isinstance(thing, Shape):
         return f"{with_article(thing.scale)} {_look(thing)} {place}"
-    what = "number" if thing.text.isdigit() else "word"
-    return f'{with_article(thing.color)} sign with the {what} "{thing.text}" in {thing.scale} letters {place}'
+    return f'{with_article(thing.color)} sign with the {thing.what} "{thing.text}" in {thing.scale} letters {place}'
 
 
 def _look(shape: Shape) -> str:

@@ -13,7 +13,7 @@ from itertools import product
 
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.compose import RADII, grid_centers, image_size, pick, some
+from vlm_lab.data.scenes.compose import RADII, grid_centers, image_size, pick, radius, some
 from vlm_lab.data.scenes.facts import Fact
 from vlm_lab.data.scenes.vocabulary import BACKGROUNDS, COLORS, SHAPES, plural
 from vlm_lab.data.scenes.world import Scene, Shape, stream
@@ -117,7 +117,7 @@ def _what_changed(rng: Generator) -> Puzzle:
     altered = {
         "color": replace(kept[0], color=colors[0]),
         "shape": replace(kept[0], shape=shapes[0]),
-        "size": replace(kept[0], scale=scale, r=round(RADII[scale] * min(size))),
+        "size": replace(kept[0], scale=scale, r=radius(scale, size, len(scene.shapes))),
         "place": replace(kept[0], x=spare.x, y=spare.y),
     }
     scenes = (replace(scene, shapes=tuple(kept)), replace(scene, shapes=(altered[change], *kept[1:])))
@@ -174,10 +174,11 @@ def _picture(
     """Objects that do not overlap, of random scales unless given; `spare` copies of the first one elsewhere, last."""
     scales = scales or [pick(rng, tuple(RADII)) for _ in looks]
     looks, scales = [*looks, *[looks[0]] * spare], [*scales, *["large"] * spare]
-    room = [round(RADII["large" if spare else scale] * min(size)) for scale in scales]
+    radii = [radius(scale, size, len(looks)) for scale in scales]
+    room = [max(radii)] * len(radii) if spare else radii
     centers = grid_centers(rng, size, room)
-    things = zip(looks, scales, centers, strict=True)
-    shapes = tuple(Shape(*look, scale, *center, round(RADII[scale] * min(size))) for look, scale, center in things)
+    things = zip(looks, scales, centers, radii, strict=True)
+    shapes = tuple(Shape(*look, scale, *center, r) for look, scale, center, r in things)
     return Scene(size, "comparison", pick(rng, tuple(BACKGROUNDS)), shapes)
 
 

@@ -28,10 +28,11 @@ from vlm_lab.data.scenes.world import (
     stream,
 )
 
-COUNTED = (1, 2, 3, 4, 5)  # how many of one shape or one color
-TOTALS = (2, 3, 4, 5, 6)  # how many objects in all
+COUNTED = (1, 2, 3, 4)  # how many of one shape or one color
+TOTALS = (2, 3, 4, 5)  # how many objects in all
 BARS = (2, 3, 4)
-RADII = {"small": 0.09, "medium": 0.12, "large": 0.15}  # in shorter sides
+RADII = {"small": 0.26, "medium": 0.34, "large": 0.43}  # in shorter sides of a grid's cell
+ROOMY = 4  # so many objects at most have large cells
 # How far a shape surely reaches sideways from its center, in radii: what makes two shapes overlap for certain.
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 0.52, "star": 0.6, "cross": 0.95, "heart": 0.8}
 SIGN_LAYOUTS = (("sign", "shape"), ("sign", "shape shape"), ("sign sign", "shape"))
@@ -49,7 +50,7 @@ def compose(seed: int, split: str, index: int) -> Scene:
 def _alone(rng: Generator) -> Scene:
     """One large object, clearly to one side and clearly above or below the middle."""
     size = image_size(rng)
-    r = round(min(size) * (0.18 + 0.07 * rng.random()))
+    r = round(min(size) * (0.2 + 0.08 * rng.random()))
     x, y = (_off_center(rng, side, r) for side in size)
     look = (pick(rng, tuple(COLORS)), pick(rng, SHAPES))
     return Scene(size, "alone", pick(rng, tuple(BACKGROUNDS)), (Shape(*look, "large", x, y, r),))
@@ -65,7 +66,7 @@ def _objects(rng: Generator) -> Scene:
     size = image_size(rng)
     colors, shapes, named_by, count = _looks(rng)
     scales = [pick(rng, tuple(RADII)) for _ in colors]
-    radii = [round(RADII[scale] * min(size)) for scale in scales]
+    radii = [radius(scale, size, len(scales)) for scale in scales]
     centers = grid_centers(rng, size, radii)
     things = zip(colors, shapes, scales, centers, radii, strict=True)
     drawn = tuple(Shape(color, shape, scale, *center, r) for color, shape, scale, center, r in things)
@@ -79,7 +80,7 @@ def _looks(rng: Generator) -> tuple[list[str], list[str], tuple[str, ...], tuple
         n = pick(rng, TOTALS)
         return some(rng, COLORS, n), some(rng, SHAPES, n), ("color", "shape"), ("objects", n)
     alike = pick(rng, COUNTED)
-    n = int(rng.integers(max(alike, 3), 7))
+    n = int(rng.integers(max(alike, 2), ROOMY + 1))
     if counted == "shape":
         shapes = _alike(rng, SHAPES, alike, n)
         return some(rng, COLORS, n), shapes, ("color",), (plural(shapes[0]), alike)
@@ -153,13 +154,13 @@ def _text(rng: Generator) -> Scene:
 
 def _marker(rng: Generator, box: Box, side: int, color: str, name: str) -> list[Shape]:
     scale = pick(rng, tuple(RADII))
-    r = min(RADII[scale] * side, (min(box[2] - box[0], box[3] - box[1]) - 4) / 2)
+    r = min(RADII[scale] * side / 2, (min(box[2] - box[0], box[3] - box[1]) - 4) / 2)
     return [Shape(color, name, scale, *_place(rng, box, r, r), round(r))]
 
 
 def _sign(rng: Generator, box: Box, color: str) -> Sign:
     """A sign whose letters mostly fill the box; one in six has small print, which a low resolution loses."""
-    text = pick(rng, WORDS) if rng.random() < 0.7 else _number(rng, int(rng.integers(2, 5)))
+    text = pick(rng, (_word, _letter, _number))(rng)
     fill = min((box[2] - box[0] - 4) / (em_width(text) + 0.5), (box[3] - box[1] - 4) / 1.4)
     scale = pick(rng, ("large", "large", "large", "large", "medium", "small"))
     px = {"large": fill * (0.85 + 0.15 * rng.random()), "medium": fill * 0.65, "small": 10 + 2 * rng.random()}[scale]
@@ -169,7 +170,16 @@ def _sign(rng: Generator, box: Box, color: str) -> Sign:
     return replace(sign, x=x, y=y)
 
 
-def _number(rng: Generator, digits: int) -> str:
+def _word(rng: Generator) -> str:
+    return pick(rng, WORDS)
+
+
+def _letter(rng: Generator) -> str:
+    return pick(rng, BAR_LABELS)
+
+
+def _number(rng: Generator) -> str:
+    digits = int(rng.integers(1, 4))
     return str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
@@ -195,17 +205,29 @@ def _values(rng: Generator, n: int) -> list[int]:
 
 
 def image_size(rng: Generator, wide: bool | None = None) -> Size:
-    """(width, height): sides of 80 to 200 pixels, aspect 1:2 to 2:1; `wide=None` gives either orientation."""
+    """(width, height): sides of 80 to 200 pixels, aspect 1:2 to 2:1, mostly near 1; `wide=None`: either orientation."""
     longer = int(rng.integers(110, 201))
-    shorter = round(longer / (1 + rng.random() * (min(2.0, longer / 80) - 1)))
+    shorter = round(longer / (1 + rng.random() ** 2 * (min(2.0, longer / 80) - 1)))
     wide = bool(rng.random() < 0.5) if wide is None else wide
     return (longer, shorter) if wide else (shorter, longer)
 
 
+def grid(size: Size, n: int) -> tuple[int, int]:
+    """(columns, rows) of a grid with a cell for each of `n` objects: large ones if they are few."""
+    square = max(size) < 1.4 * min(size)
+    along, across = ((2, 2) if square else (3, 2)) if n <= ROOMY else ((3, 3) if square else (4, 2))
+    return (along, across) if size[0] > size[1] else (across, along)
+
+
+def radius(scale: str, size: Size, n: int) -> int:
+    """Of an object among `n`, in pixels."""
+    columns, rows = grid(size, n)
+    return round(RADII[scale] * min(size[0] / columns, size[1] / rows))
+
+
 def grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int, int]]:
     """Centers in different cells of a grid whose cells hold the largest shape: nothing overlaps."""
-    along, across = (3, 3) if max(size) < 1.4 * min(size) else (4, 2)
-    columns, rows = (along, across) if size[0] > size[1] else (across, along)
+    columns, rows = grid(size, len(radii))
     boxes = [box for row in split_box((0, 0, *size), rows, False) for box in split_box(row, columns, True)]
     return [_place(rng, box, r, r) for box, r in zip(some(rng, boxes, len(radii)), radii, strict=True)]
 

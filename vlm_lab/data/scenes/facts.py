@@ -81,10 +81,9 @@ def count(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 def sign_text(scene: Scene, rng: Generator) -> Iterator[Fact]:
     for sign in shuffled(rng, scene.signs):
-        is_number = sign.text.isdigit()
-        pool = _numbers(len(sign.text)) if is_number else WORDS
+        pool = {"number": _numbers(len(sign.text)), "letter": BAR_LABELS, "word": WORDS}[sign.what]
         name = "sign" if len(scene.signs) == 1 else f"{sign.color} sign"
-        slots = {"what": "number" if is_number else "word", "sign": name}
+        slots = {"what": sign.what, "sign": name}
         yield Fact("sign_text", ("text", sign), sign.text, pool, slots)
 
 

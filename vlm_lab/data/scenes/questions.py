@@ -2,7 +2,7 @@
 
 general (what, color, how many), knowledge (needs no image), ocr_chart (read a word, a number, a bar chart) and
 vision_centric (which half, left or right, above or below, nearer or farther, relative distance). Answers are one or two
-words; a quarter of the questions offer options and want a letter. What is true comes from `facts`, `knowledge`.
+words; an eighth of the questions offers options and wants a letter. What is true comes from `facts`, `knowledge`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -62,7 +62,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 # With options these would have too many different texts for a small training set to cover.
 OPEN_ONLY = ("sum", "difference", "neighbor")
-OPTION_SHARE = 0.25
+OPTION_SHARE = 0.125
 LETTERS = "ABCD"
 INSTRUCTION = "Answer with the option's letter."
 

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.random import Generator
 
 # Raise it when any record or picture changes: it is part of fingerprints and of cache file names.
-WORLD_VERSION = 3
+WORLD_VERSION = 4
 
 SPLITS = ("train", "val")
 # Every run of eight scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
-KINDS = ("alone", "alone", "objects", "objects", "depth", "text", "text", "chart")
+KINDS = ("alone", "alone", "alone", "objects", "objects", "depth", "text", "chart")
 STREAMS = ("scene", "kinds", "caption", "question", "comparison", "clip", "wording", "document", "text")
 
 FONTS = ("Pillow", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sign:
-    """A colored plate around (x, y) with a word or a number set in a font of `px` pixels per em."""
+    """A colored plate around (x, y) with a word, a letter or a number set in a font of `px` pixels per em."""
 
     color: str
     text: str
@@ -45,6 +45,11 @@ class Sign:
     px: int
     x: int
     y: int
+
+    @property
+    def what(self) -> str:
+        """What is written on it: number, letter or word."""
+        return "number" if self.text.isdigit() else "letter" if len(self.text) == 1 else "word"
 
     @property
     def half_size(self) -> tuple[int, int]:

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from vlm_lab.model.pretrain.blocks import Transformer, norm
 
 
+class VocabularyHead(nn.Linear):
+    """From activations to words: told apart from hidden layers, which Muon trains (`vlm_lab/optimizers.py`)."""
+
+
 class CaptionDecoder(nn.Module):
     """`image [B, N, image_dim]` and `text [B, T, text_dim]` are the prefix of `queries` query tokens.
 
@@ -34,7 +38,7 @@ class CaptionDecoder(nn.Module):
         self.queries = nn.Parameter(torch.randn(queries, width))
         self.transformer = Transformer(width, depth, heads, mlp)
         self.norm = norm(width)
-        self.out = nn.Linear(width, vocab, bias=False)
+        self.out = VocabularyHead(width, vocab, bias=False)
         nn.init.normal_(self.out.weight, std=width**-0.5)
 
     def forward(self, image: Tensor, text: Tensor | None) -> Tensor:

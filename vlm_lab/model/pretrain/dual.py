@@ -83,6 +83,7 @@ class Towers(nn.Module):
         contrastive: the loss between images and texts; None: no text tower.
         synthetic: whether one sentence of the synthetic caption is a second positive beside the raw caption.
         caption: weight of the caption loss; 0: no decoder.
+        fuse: whether the decoder reads the raw caption beside the image (OpenVision), or the image alone (SigLIP 2).
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Towers(nn.Module):
         contrastive: Literal["infonce", "sigmoid"] | None = "infonce",
         synthetic: bool = True,
         caption: float = 2.0,
+        fuse: bool = True,
     ) -> None:
         super().__init__()
         if contrastive is None and caption == 0:
@@ -112,7 +114,7 @@ class Towers(nn.Module):
             self.text = TextTower(width, depth, heads, mlp, out_dim, vocab, length)
             self.contrast = {"infonce": InfoNCE, "sigmoid": Sigmoid}[contrastive]()
         if caption:
-            text_dim = None if contrastive is None else width
+            text_dim = width if contrastive is not None and fuse else None
             self.decoder = CaptionDecoder(dim, text_dim, width, depth, heads, mlp, vocab, queries)
 
 

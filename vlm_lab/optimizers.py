@@ -1,0 +1,85 @@
+"""Optimizers by their name in a stage: `make_optimizer(stage, groups, model)`.
+
+adamw; adamw8bit, paged_adamw8bit, lion8bit (bitsandbytes: states in 8 bits); muon (torch's own, for the matrices
+between the layers, AdamW for everything else). ZeRO takes adamw only (`schema.check_sharding`): Muon needs all of a
+matrix.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from vlm_lab.stages import Stage
+
+Groups = list[dict[str, Any]]
+
+
+def make_optimizer(stage: Stage, groups: Groups, model: nn.Module) -> Optimizer:
+    """The stage's optimizer over `groups` of the model's parameters. Lion (Chen et al. 2023) has its paper's betas."""
+    if stage.optimizer == "adamw":
+        return AdamW(groups, betas=(0.9, stage.beta2), fused=True)
+    if stage.optimizer == "muon":
+        return MuonWithAdamW(groups, hidden_matrices(model), stage.beta2)
+    from bitsandbytes import optim
+
+    if stage.optimizer == "lion8bit":
+        return optim.Lion8bit(groups, betas=(0.9, 0.99))
+    kind = optim.AdamW8bit if stage.optimizer == "adamw8bit" else optim.PagedAdamW8bit
+    return kind(groups, betas=(0.9, stage.beta2))
+
+
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """ids of the weights of linear maps from activations to activations: no embedding, no LLM output head.
+
+    Other heads over a vocabulary are a subclass of `nn.Linear`.
+    """
+    llm = getattr(model, "llm", None)
+    head = None if llm is None else llm.get_output_embeddings()
+    return {id(m.weight) for m in model.modules() if type(m) is nn.Linear and m is not head}
+
+
+class MuonWithAdamW(Optimizer):
+    """Muon for the parameters in `matrices`, AdamW for the others, at the same rates (Moonlight, arXiv 2502.16982).
+
+    Muon's steps are scaled by 0.2 * sqrt(longer side), which gives them the size of AdamW's, so a stage's rates serve
+    both. One optimizer to Lightning, schedules and checkpoints: groups and states are those of torch's two.
+    """
+
+    def __init__(self, groups: Groups, matrices: set[int], beta2: float) -> None:
+        sorted_out = [[part(group, matrices, inside) for group in groups] for inside in (True, False)]
+        mine, others = ([group for group in each if group["params"]] for each in sorted_out)
+        self.inner: list[Optimizer] = []
+        if mine:
+            self.inner.append(Muon(mine, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.inner.append(AdamW(others, betas=(0.9, beta2), fused=True))
+        super().__init__([group for each in self.inner for group in each.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """Let torch's two work on this one's groups and states."""
+        for each in self.inner:
+            each.state = self.state
+            each.param_groups = [g for g in self.param_groups if ("ns_steps" in g) == isinstance(each, Muon)]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for each in self.inner:
+            each.step()
+        return loss
+
+
+def part(group: dict[str, Any], matrices: set[int], inside: bool) -> dict[str, Any]:
+    """The group with those of its parameters that are, or are not, in `matrices`."""
+    return {**group, "params": [p for p in group["params"] if (id(p) in matrices) == inside]}
