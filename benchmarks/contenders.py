@@ -48,6 +48,7 @@ def config(folder: Path) -> schema.Config:
         f"output={folder}",
         "stage=[align]",
         "bootstrap=[]",
+        "stages.align.optimizer=adamw",
         "connector=mlp",
     ]
     overrides += [f"stages.align.{key}={BATCH}" for key in ("batch", "micro_batch")]

@@ -63,14 +63,14 @@ def test_a_stage_starts_from_what_pretrained_its_parts() -> None:
     }
 
 
-@pytest.mark.parametrize("override", ["connector=mlp", "llm=llama", "tiling=pad", "stages.align.steps=3"])
+@pytest.mark.parametrize("override", ["connector=linear", "llm=llama", "tiling=pad", "stages.align.steps=3"])
 def test_an_encoder_is_shared_by_all_that_have_it(override: str) -> None:
     assert keys()["pretrain_encoder.siglip"] == keys(override)["pretrain_encoder.siglip"]
     assert keys()["align"] != keys(override)["align"]
 
 
 def test_a_language_model_is_shared_and_several_encoders_share_with_one() -> None:
-    for override in (["connector=mlp"], ["encoder=[clip]"], ["encoder.siglip.depth=2"], TWO):
+    for override in (["connector=linear"], ["encoder=[clip]"], ["encoder.siglip.depth=2"], TWO):
         assert keys()["pretrain_llm"] == keys(*override)["pretrain_llm"]
     assert keys()["pretrain_encoder.siglip"] == keys(*TWO)["pretrain_encoder.siglip"]
 
@@ -149,7 +149,7 @@ def test_records_tell_what_was_trained(run: Path) -> None:
     store, names = store_of(run)
     record = store.record(names["pretrain_encoder.siglip"])
     assert (record["steps"], record["samples"], record["label_tokens"]) == (2, 12, 12)
-    assert {row["module"]: row["lr"] for row in record["trainable"]} == {"encoder": 2e-3, "towers": 2e-3}
+    assert {row["module"]: row["lr"] for row in record["trainable"]} == {"encoder": 4e-3, "towers": 4e-3}
     assert (store.path(names["pretrain_encoder.siglip"]) / "tokenizer" / "tokenizer.json").is_file()
 
 

@@ -6,7 +6,7 @@ from helpers import composed
 from vlm_lab import schema
 
 REFUSED = [
-    ("encoder=[siglip,clip]", "connector PixelShuffle takes one encoder, got 2: siglip, clip; choose concat"),
+    ("encoder=[siglip,clip]", "connector MLP takes one encoder, got 2: siglip, clip; choose concat"),
     ("encoder=[siglip] connector=mining", "connector PatchInfoMining takes 2 encoders, got 1: siglip"),
     ("connector=sva connector.windows=1", "connector SVA with one encoder and windows of 1"),
     ("connector=sva scale=full", "connector SVA with one encoder and windows of 1"),

@@ -74,7 +74,7 @@ def test_run_folder_contract(finished: subprocess.CompletedProcess[str], output:
     assert (stage["steps"], stage["samples"], stage["world_size"], stage["reused"]) == (3, 12, 1, False)
     assert stage["label_tokens"] > 0
     rates = {row["module"]: row["lr"] for row in stage["trainable"]}
-    assert rates == {"encoder": None, "connector": 1e-3, "llm": 1e-3}
+    assert rates == {"encoder": None, "connector": 3e-3, "llm": 3e-3}
     assert {"git", "versions", "seed", "config_hash", "wall_s", "world_size"} <= result.keys()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("align", 1), ("align", 2)] + [

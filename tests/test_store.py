@@ -30,7 +30,7 @@ def keys(*overrides: str, fingerprints: dict[str, str] = FINGERPRINTS) -> dict[s
     [
         "seed=1",
         "encoder.siglip.depth=2",
-        "connector=mlp",
+        "connector=linear",
         "llm=llama",
         "tiling=pad",
         "stages.align.steps=7",

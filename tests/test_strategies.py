@@ -32,6 +32,7 @@ BASE = [
     "+data.mixtures.caption.comparisons=1.0",
     "+data.mixtures.caption.text=2.0",
     *(f"stages.{name}.steps={STEPS}" for name in STAGES),
+    *(f"stages.{name}.optimizer=adamw" for name in STAGES),  # for all: ZeRO takes no other
     "stages.align.micro_batch=1",
     "stages.instruct.train.encoder=null",
     "stages.instruct.train.llm={lr:1.0e-3,adapt:lora,rank:2}",

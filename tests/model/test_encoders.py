@@ -126,7 +126,7 @@ def test_a_convnext_checkpoint_with_its_head(tmp_path: Path) -> None:
 def test_a_saved_encoder_loads_again(option: str, tmp_path: Path) -> None:
     """Families with positions of their own kinds; SAM's and NaFlex' tables, and rotary ones, from the same file."""
     node = OmegaConf.to_container(composed(f"encoder=[{option}]"), resolve=True)["encoder"][option]
-    shape = {"embed_dim": 128, "depth": 3, "num_heads": 4, "patch_size": 8, **(node.get("options") or {})}
+    shape = {"embed_dim": 128, "depth": 3, "num_heads": 4, "patch_size": 16, **(node.get("options") or {})}
     size = {} if "naflex" in option else {"img_size": 64}
     whole = timm.create_model(node["name"], **shape, **size)
     save_file(whole.state_dict(), tmp_path / "x.safetensors")
