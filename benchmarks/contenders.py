@@ -49,6 +49,7 @@ def config(folder: Path) -> schema.Config:
         "stage=[align]",
         "bootstrap=[]",
         "stages.align.optimizer=adamw",
+        "stages.align.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}",  # everything, as the peer does
         "connector=mlp",
     ]
     overrides += [f"stages.align.{key}={BATCH}" for key in ("batch", "micro_batch")]
