@@ -76,9 +76,8 @@ def test_hidden_matrices_are_neither_embeddings_nor_heads() -> None:
     assert not [name for name in names if "embed" in name.rpartition(".")[0] or "lm_head" in name or "norm" in name]
     assert any(name.endswith("q_proj.weight") for name in names) and any(name.startswith("encoder.") for name in names)
     decoder = CaptionDecoder(8, None, 16, 1, 2, 32, vocab=50, queries=4)
-    assert id(decoder.out.weight) not in hidden_matrices(decoder) and id(decoder.from_image.weight) in hidden_matrices(
-        decoder
-    )
+    muon = hidden_matrices(decoder)
+    assert id(decoder.out.weight) not in muon and id(decoder.from_image.weight) in muon
 
 
 def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
@@ -101,8 +100,8 @@ def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
 @pytest.mark.parametrize("frozen", ["1", "0"])
 def test_every_trained_parameter_is_in_exactly_one_group(frozen: str) -> None:
     model = small()
-    groups = [{"params": [p for n, p in model.named_parameters() if not n.startswith(frozen)], "lr": LR}]
+    trained = [p for n, p in model.named_parameters() if not n.startswith(frozen)]
     stage: Any = SimpleNamespace(optimizer="muon", beta2=0.98)
-    optimizer = make_optimizer(stage, [{**groups[0], "weight_decay": 0.0}], model)
+    optimizer = make_optimizer(stage, [{"params": trained, "lr": LR, "weight_decay": 0.0}], model)
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(map(id, groups[0]["params"]))
+    assert sorted(held) == sorted(map(id, trained))

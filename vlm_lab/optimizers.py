@@ -49,11 +49,10 @@ class MuonWithAdamW(Optimizer):
     """
 
     def __init__(self, groups: Groups, matrices: set[int], beta2: float) -> None:
-        sorted_out = [[part(group, matrices, inside) for group in groups] for inside in (True, False)]
-        mine, others = ([group for group in each if group["params"]] for each in sorted_out)
+        hidden, others = parts(groups, matrices, True), parts(groups, matrices, False)
         self.inner: list[Optimizer] = []
-        if mine:
-            self.inner.append(Muon(mine, adjust_lr_fn="match_rms_adamw"))
+        if hidden:
+            self.inner.append(Muon(hidden, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.inner.append(AdamW(others, betas=(0.9, beta2), fused=True))
         super().__init__([group for each in self.inner for group in each.param_groups], {})
@@ -80,6 +79,7 @@ class MuonWithAdamW(Optimizer):
         return loss
 
 
-def part(group: dict[str, Any], matrices: set[int], inside: bool) -> dict[str, Any]:
-    """The group with those of its parameters that are, or are not, in `matrices`."""
-    return {**group, "params": [p for p in group["params"] if (id(p) in matrices) == inside]}
+def parts(groups: Groups, matrices: set[int], inside: bool) -> Groups:
+    """The groups with those of their parameters that are, or are not, in `matrices`; none is empty."""
+    chosen = [{**group, "params": [p for p in group["params"] if (id(p) in matrices) == inside]} for group in groups]
+    return [group for group in chosen if group["params"]]

@@ -95,7 +95,7 @@ class Config(Strict):
 def register_resolvers() -> None:
     """`${scale:A,B}`: A at scale=tiny, B at scale=full. `${unsharded:A,B}`: A, or B if ZeRO shards the model."""
     by_scale = lambda tiny, full, *, _root_: tiny if _root_.scale == "tiny" else full  # noqa: E731
-    by_strategy = lambda whole, sharded, *, _root_: sharded if "zero" in _root_.trainer.strategy else whole  # noqa: E731
+    by_strategy = lambda whole, sharded, *, _root_: sharded if _root_.trainer.strategy.startswith("zero") else whole  # noqa: E731
     OmegaConf.register_new_resolver("scale", by_scale, replace=True)
     OmegaConf.register_new_resolver("unsharded", by_strategy, replace=True)
 
