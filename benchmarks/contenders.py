@@ -76,7 +76,7 @@ def ours(folder: Path, steps: int) -> list[float]:
     meter = Meter("bench", folder / "metrics.jsonl", window=steps)
     callbacks = [meter, BadRecords(0, folder / "bad.jsonl"), Contract()]
     build.trainer(cfg, module.stage, loader, callbacks).fit(module, loader)
-    return [stamp for stamp, _, _ in meter.marks[1:]]
+    return [stamp for stamp, *_ in meter.marks[1:]]
 
 
 def bare(folder: Path, steps: int) -> list[float]:
@@ -154,13 +154,15 @@ def llava(tokenizer: Any) -> Any:
     )
 
 
-def llava_collator(tokenizer: Any, folder: Path) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def llava_collator(
+    tokenizer: Any, folder: Path, side: int = 112, patch: int = 16
+) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     from transformers import LlavaProcessor, SiglipImageProcessor
 
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.padding_side = "right"
-    images = SiglipImageProcessor(size={"height": 112, "width": 112})
-    processor = LlavaProcessor(images, tokenizer, patch_size=16, vision_feature_select_strategy="full")
+    images = SiglipImageProcessor(size={"height": side, "width": side})
+    processor = LlavaProcessor(images, tokenizer, patch_size=patch, vision_feature_select_strategy="full")
     start, end = "<|im_start|>", "<|im_end|>"
 
     def collate(records: list[dict]) -> dict[str, torch.Tensor]:

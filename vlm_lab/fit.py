@@ -31,6 +31,7 @@ from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
 from vlm_lab.model import adapt, freeze
+from vlm_lab.model.flops import mfu_counter
 from vlm_lab.module import VLMTraining
 from vlm_lab.probe import probe
 from vlm_lab.stages import parents
@@ -128,7 +129,8 @@ class Worker:
             show_trainability(name, rows)
         earlier = list(self.keys)[: list(self.keys).index(name)]
         steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in earlier)
-        meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before)
+        mfu = mfu_counter(made.model, card(), config.trainer.precision != "32-true")
+        meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before, mfu=mfu)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
         features = build.features(config, loader)
         self.continue_or_start(name, module, loader, folder, [meter, bad, features])
@@ -181,6 +183,10 @@ def link(place: Path, target: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     place.symlink_to(os.path.relpath(target, place.parent))
+
+
+def card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_gib() -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +24,8 @@ class Meter(Callback):
 
     Throughput is over the last `window` steps. Only rank 0 prints and writes; every rank takes part in the loss sum.
     `mirror` gets the same lines. `offset` is the number of steps of the stages before, for the logger's common axis.
-    A resumed stage keeps the lines up to its checkpoint.
+    A resumed stage keeps the lines up to its checkpoint. `mfu`: what a row asks for and what a device can do (see
+    `model/flops.py`), so that lines say which share of the devices' arithmetic is used.
     """
 
     def __init__(
@@ -34,14 +36,16 @@ class Meter(Callback):
         logger: Any = None,
         offset: int = 0,
         window: int = 20,
+        mfu: tuple[Callable[[Batch], float], float] | None = None,
     ) -> None:
         self.stage, self.path, self.mirror = stage, path, mirror
-        self.logger, self.offset, self.window = logger, offset, window
+        self.logger, self.offset, self.window, self.mfu = logger, offset, window, mfu
+        self.flops = 0.0
         self.samples = self.tokens = self.answers = 0
         self.seconds = self.first_step_at = 0.0  # spent in earlier processes; since the epoch
         self.lines: list[str] = []
         self.losses: list[float] = []  # the last ones, to tell a spike
-        self.marks: list[tuple[float, int, int]] = []  # (time, samples, tokens) of the last steps
+        self.marks: list[tuple[float, int, int, float]] = []  # (time, samples, tokens, FLOPs) of the last steps
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -53,7 +57,7 @@ class Meter(Callback):
 
     def on_train_start(self, trainer: Trainer, module: VLMTraining) -> None:
         self.started = time.perf_counter() - self.seconds
-        self.marks = [(time.perf_counter(), self.samples, self.tokens)]
+        self.marks = [(time.perf_counter(), self.samples, self.tokens, self.flops)]
         self.task = self.bar.add_task(self.stage, total=module.steps, completed=len(self.lines), text="")
         if trainer.is_global_zero:
             self.path.write_text("".join(self.lines))
@@ -63,6 +67,8 @@ class Meter(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: VLMTraining, outputs: Any, batch: Batch, index: int) -> None:
         self.samples += len(batch.ids) * trainer.world_size
         self.tokens += batch.num_tokens * trainer.world_size
+        if self.mfu is not None:
+            self.flops += self.mfu[0](batch) * trainer.world_size
         if batch.part == batch.parts - 1:
             self.answers += int(module.total)
             self.step_done(trainer, module)
@@ -72,10 +78,8 @@ class Meter(Callback):
         if not math.isfinite(loss) or not (norm is None or math.isfinite(norm) or trainer.precision == "16-mixed"):
             module.stop_at_nonfinite(trainer.global_step)  # DeepSpeed's: others stop before they take the step
         self.seconds, self.first_step_at = now - self.started, self.first_step_at or time.time()
-        self.marks = [*self.marks[-self.window :], (now, self.samples, self.tokens)]
-        since, samples, tokens = self.marks[0]
-        seconds = now - since
-        rates = {"samples_per_s": (self.samples - samples) / seconds, "tokens_per_s": (self.tokens - tokens) / seconds}
+        self.marks = [*self.marks[-self.window :], (now, self.samples, self.tokens, self.flops)]
+        rates = self.rates(trainer.world_size)
         numbers = {"loss": loss, "grad_norm": norm, "lr": learning_rate(trainer), **rates}
         line = {"stage": self.stage, "step": trainer.global_step, **numbers}
         if is_spike(loss, self.losses):
@@ -88,9 +92,19 @@ class Meter(Callback):
             self.append(self.path, self.lines[-1])
             self.append(self.mirror, self.lines[-1])
             text = f"loss {loss:.3f}  {rates['samples_per_s']:.0f} samples/s  {rates['tokens_per_s']:.0f} tokens/s"
+            text += f"  MFU {rates['mfu']:.1%}" if "mfu" in rates else ""
             self.bar.update(self.task, advance=1, text=text)
             if self.logger is not None:
                 self.logger.log_step(numbers, self.offset + trainer.global_step)
+
+    def rates(self, devices: int) -> dict[str, float]:
+        """Per second, over the last steps."""
+        (since, samples, tokens, flops), (now, *_) = self.marks[0], self.marks[-1]
+        seconds = now - since
+        rates = {"samples_per_s": (self.samples - samples) / seconds, "tokens_per_s": (self.tokens - tokens) / seconds}
+        if self.mfu is not None:
+            rates["mfu"] = (self.flops - flops) / seconds / (self.mfu[1] * devices)
+        return rates
 
     @staticmethod
     def append(path: Path | None, *lines: str) -> None:

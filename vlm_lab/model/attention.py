@@ -1,8 +1,9 @@
 """Attention for packed rows: many samples in one row, none sees another.
 
 Registered with transformers under the name "packed", so that any causal LM can use it. With `cu_seq_lens_q` (the
-boundaries of the samples, as flash attention's varlen functions take them) every sample is attended to on its own,
-neighbours of equal length in one call: no mask over the row is built and no score between samples is ever computed.
+boundaries of the samples, as flash attention's varlen functions take them) every sample is attended to on its own: no
+mask over the row is built and no score between samples is ever computed. On a GPU in half precision that is one call of
+flash attention's kernel (torch's own), elsewhere one call per run of neighbours of equal length.
 Without it (generation) it is transformers' own sdpa. Sliding windows, soft-capped scores (Gemma 2) and attention
 sinks (gpt-oss) are honoured in both; a bias on the scores is refused.
 """
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "packed"
+HALF = (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
@@ -27,16 +30,21 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     cu_seq_lens_q: list[int] | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [B, heads, L, d], key and value [B, kv_heads, L, d] -> [B, L, heads, d]; B is 1 if the row is packed.
 
-    `kwargs` are what the family's attention layer passes: `scaling`, `dropout`, `sliding_window`, `softcap`, `s_aux`.
+    `cu_seq_lens_k` and `max_length_k` say the boundaries once more, for the kernel (see `for_kernel`). `kwargs` are
+    what the family's attention layer passes: `scaling`, `dropout`, `sliding_window`, `softcap`, `s_aux`.
     """
     if kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} adds a position bias to the scores, which packed rows do not support"
         )
+    if cu_seq_lens_k is not None and fits_kernel(value, **kwargs):
+        return one_call(query, key, value, cu_seq_lens_k, max_length_k, **kwargs), None
     if cu_seq_lens_q is None:
         return whole_rows(module, query, key, value, attention_mask, **kwargs), None
     lengths = [end - start for start, end in pairwise(cu_seq_lens_q)]
@@ -47,6 +55,38 @@ def packed_attention(
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)  # [count, heads, length, d]
         out.append(one_length(q, k, v, **kwargs).transpose(1, 2).flatten(0, 1))  # [count * length, heads, d]
     return torch.cat(out)[None], None
+
+
+def for_kernel(bounds: list[int], device: torch.device) -> dict[str, Any]:
+    """The boundaries of samples as flash attention's kernel takes them; nothing where there is no such kernel."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return {}
+    longest = max(end - start for start, end in pairwise(bounds))
+    return {"cu_seq_lens_k": torch.tensor(bounds, dtype=torch.int32, device=device), "max_length_k": longest}
+
+
+def fits_kernel(value: Tensor, dropout: float = 0.0, **kwargs: Any) -> bool:
+    size = value.shape[-1]
+    return value.dtype in HALF and size % 8 == 0 and size <= 256 and dropout == 0 and not capped(**kwargs)
+
+
+def one_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> Tensor:
+    """A packed row by one kernel: `bounds` int32 [samples + 1], `longest` the longest sample; -> [1, L, heads, d]."""
+    q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # autocast leaves rotated ones wide
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before and after the query's own
+    out: Any = varlen_attn(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+    )
+    return out[None]
 
 
 def one_length(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None = None, **kwargs: Any) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from vlm_lab.batch import IGNORE, IMAGE_TOKEN, Batch, Prompts
 from vlm_lab.model.arrange import arrange
+from vlm_lab.model.attention import for_kernel
 from vlm_lab.model.connectors import Connector, DeepConnector
 from vlm_lab.model.features import FeatureMap, without_padding
 from vlm_lab.model.inside import Seen, decoder_layers, inside, sample_numbers
@@ -32,6 +33,7 @@ def answer_loss(llm: Any, embeds: Tensor, batch: Batch) -> Tensor:
         position_ids=batch.position_ids,
         attention_mask=batch.input_ids.new_zeros(1, 1, 1, 1),  # 4-D: taken as it is, so no L x L mask is built
         cu_seq_lens_q=batch.cu_seqlens,
+        **for_kernel(batch.cu_seqlens, embeds.device),
         use_cache=False,
         logits_to_keep=answers,
     )
