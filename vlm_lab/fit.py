@@ -31,6 +31,7 @@ from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
 from vlm_lab.model import adapt, freeze
+from vlm_lab.model.compiled import compile_blocks
 from vlm_lab.model.flops import mfu_counter
 from vlm_lab.module import VLMTraining
 from vlm_lab.probe import probe
@@ -124,12 +125,14 @@ class Worker:
         zero3 = config.trainer.strategy.startswith("zero3")
         checkpointing = zero3 if config.trainer.gradient_checkpointing else None
         module = made.training(made.model, stage, loader.steps, checkpointing)
+        mfu = mfu_counter(made.model, card(), config.trainer.precision != "32-true")
+        if config.trainer.compile:
+            compile_blocks(made.model)
         rows = freeze.trainability(made.model, module.table)
         if RANK == 0:
             show_trainability(name, rows)
         earlier = list(self.keys)[: list(self.keys).index(name)]
         steps_before = sum(self.store.record(self.keys[stage])["steps"] for stage in earlier)
-        mfu = mfu_counter(made.model, card(), config.trainer.precision != "32-true")
         meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before, mfu=mfu)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
         features = build.features(config, loader)

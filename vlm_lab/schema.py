@@ -58,6 +58,7 @@ class Trainer(Strict):
     precision: Annotated[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"], IDENTITY]
     num_workers: Annotated[int, PERFORMANCE] = Field(0, ge=0)
     gradient_checkpointing: Annotated[bool, PERFORMANCE] = False
+    compile: Annotated[bool, IDENTITY] = False  # blocks by torch.compile, which changes the order of sums
     checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
     checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
     timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
@@ -199,6 +200,8 @@ def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
         return
     if trainer.feature_cache == "on" and trainer.strategy.startswith("zero3"):
         raise ValueError("trainer.feature_cache = on: under ZeRO-3 all processes run the encoder together; say auto")
+    if trainer.compile and trainer.strategy.startswith("zero3"):
+        raise ValueError("trainer.compile = true: ZeRO-3 gathers weights inside the layers; use zero2, ddp or gpu")
     four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
     if four_bit:
         raise ValueError(f"stages.{name}.train.{four_bit[0]}.adapt = qlora needs trainer=gpu, cpu or ddp, not ZeRO")

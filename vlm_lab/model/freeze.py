@@ -92,16 +92,22 @@ def towers(model: nn.Module, path: str) -> list[str]:
 
 
 def last_blocks(model: nn.Module, path: str, count: int) -> list[str]:
-    """Paths of the last `count` blocks below `path`: the entries of lists named `blocks` (timm) or `layers`."""
-    found: list[str] = []
-    for name, _ in model.get_submodule(path).named_modules(prefix=path):
-        above, _, index = name.rpartition(".")
-        listed = index.isdigit() and above.rpartition(".")[2] in ("blocks", "layers")
-        if listed and not any(below(name, block) for block in found):
-            found.append(name)
+    """Paths of the last `count` blocks below `path`."""
+    found = blocks(model, path)
     if len(found) < count:
         raise ValueError(f"train.{path}.last = {count}, but there are {len(found)} blocks below this path")
     return found[-count:]
+
+
+def blocks(model: nn.Module, path: str) -> list[str]:
+    """Paths of the outermost blocks below `path`: the entries of lists named `blocks` (timm), `layers` or `layer`."""
+    found: list[str] = []
+    for name, _ in model.get_submodule(path).named_modules(prefix=path):
+        above, _, index = name.rpartition(".")
+        listed = index.isdigit() and above.rpartition(".")[2] in ("blocks", "layers", "layer")
+        if listed and not any(below(name, block) for block in found):
+            found.append(name)
+    return found
 
 
 def apply(model: nn.Module, table: Table) -> None:
