@@ -34,6 +34,7 @@ class Box:
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:
     """Compile, at their first call, the blocks below `encoder` and `llm` of the model of any stage."""
+    torch._dynamo.config.recompile_limit = VARIANTS
     for name in ("encoder", "llm"):
         if hasattr(model, name):
             for path in blocks(model, name):
@@ -46,7 +47,7 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
 def compile_block(block: Any, backend: str) -> None:
     """Have `block.forward` run compiled code; under transformers' gradient checkpointing it is what gets recomputed."""
     plain: Callable[..., Any] = inspect.unwrap(type(block).forward)  # without transformers' checkpointing
-    call = torch.compile(plain, dynamic=True, backend=backend, recompile_limit=VARIANTS)
+    call: Callable[..., Any] = torch.compile(plain, dynamic=True, backend=backend)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if getattr(block, "gradient_checkpointing", False) and block.training:
