@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,14 @@ TINY = [
     "bootstrap=[]",
     "eval.limit=8",
     "eval.max_new_tokens=4",
-    "stages.align.steps=6",
-    "stages.instruct.steps=12",
     *(f"data.sources.{name}.size=200" for name in ("captions", "questions")),
 ]
 
 
-def run(output: Path, *overrides: str, trainer: str = "gpu") -> Path:
-    """`python train.py` with the tiny parts on the GPU: its run folder."""
-    command = [sys.executable, str(ROOT / "train.py"), f"output={output}", f"trainer={trainer}", *TINY, *overrides]
+def run(output: Path, *overrides: str, trainer: str = "gpu", stages: Sequence[str] = ("align", "instruct")) -> Path:
+    """`python train.py` with the tiny parts on the GPU, 12 steps a stage: its run folder."""
+    chosen = [f"trainer={trainer}", f"stage=[{','.join(stages)}]", *(f"stages.{name}.steps=12" for name in stages)]
+    command = [sys.executable, str(ROOT / "train.py"), f"output={output}", *chosen, *TINY, *overrides]
     environment = {**os.environ, "WANDB_MODE": "offline"}
     environment.pop("DS_ACCELERATOR", None)
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
@@ -77,6 +76,7 @@ def test_a_packed_row_in_half_precision(make_vlm: Callable[..., VLM], processor:
     row = pack([processor.example(ColourSource()[index]) for index in range(6)], processor)
     found = {}
     for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
         vlm = make_vlm().to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = vlm(row.to(device)) / 10
@@ -132,16 +132,23 @@ def test_trains_and_evaluates(precision: str, tmp_path: Path) -> None:
     assert 0 < record["peak_gib"] < 20
 
 
+def test_compiled_blocks_train_alike(tmp_path: Path) -> None:
+    """Losses of the first steps within 2 % of the uncompiled ones."""
+    plain, compiled = run(tmp_path / "plain"), run(tmp_path / "compiled", "trainer.compile=true")
+    for ours, expected in zip(lines(compiled), lines(plain), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "paged_adamw8bit", "lion8bit", "muon"])
 def test_optimizers(optimizer: str, tmp_path: Path) -> None:
-    folder = run(tmp_path, "stage=[instruct]", f"stages.instruct.optimizer={optimizer}")
+    folder = run(tmp_path, f"stages.instruct.optimizer={optimizer}", stages=["instruct"])
     assert lines(folder)[-1]["loss"] < lines(folder)[0]["loss"]
 
 
 @pytest.mark.parametrize("adapt", ["lora", "dora", "qlora"])
 def test_adapters(adapt: str, tmp_path: Path) -> None:
     rule = f"stages.instruct.train.llm={{lr: 1.0e-2, adapt: {adapt}, rank: 8}}"
-    folder = run(tmp_path, "stage=[instruct]", rule, "stages.instruct.optimizer=adamw")
+    folder = run(tmp_path, rule, "stages.instruct.optimizer=adamw", stages=["instruct"])
     assert lines(folder)[-1]["loss"] < lines(folder)[0]["loss"]
 
 
@@ -160,7 +167,7 @@ def test_zero(strategy: str, tmp_path: Path) -> None:
 def test_out_of_memory_says_what_would_fit(tmp_path: Path) -> None:
     """The same stage again, in a process that may take 0.05 % of the device."""
     sizes = [f"stages.align.{field}=512" for field in ("batch", "micro_batch")]
-    folder = run(tmp_path, "stage=[align]", "stages.align.steps=1", *sizes)
+    folder = run(tmp_path, "stages.align.steps=1", *sizes, stages=["align"])
     limit = "import sys, torch; torch.cuda.set_per_process_memory_fraction(0.0005)"
     code = f"{limit}; from vlm_lab import fit; fit.main()"
     again = tmp_path / "again"

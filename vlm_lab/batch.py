@@ -83,9 +83,10 @@ class Batch(OnDevice):
     `input_ids`, `targets`, `position_ids` are [1, L]; `targets[t]` is the token after t where that is part of an
     answer, else IGNORE. `cu_seqlens` are the samples' boundaries, 0 first and L last. `pixels[encoder]` is uint8
     [V, 3, H, W], in the order of the placeholders (one blank view if there is no image); `layouts` order their tokens.
-    `sizes[encoder]` [V, 2] are the views' (height, width) without padding, if they are not all squares.
-    `num_answers` counts the answer tokens of this process's whole optimizer step, of which the row is part `part` of
-    `parts`.
+    `sizes[encoder]` [V, 2] are the views' (height, width) without padding, if they are not all squares. `places` are
+    the placeholders' positions, `answers` those that predict an answer token: found while the row is in main memory,
+    because counting them on a device means to wait for it. `num_answers` counts the answer tokens of this process's
+    whole optimizer step, of which the row is part `part` of `parts`.
     """
 
     input_ids: Tensor
@@ -100,6 +101,12 @@ class Batch(OnDevice):
     part: int = 0
     parts: int = 1
     bad: list[Any] = field(default_factory=list)  # records that could not be used
+    places: Tensor | None = None
+    answers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.places is None or self.answers is None:
+            self.places, self.answers = placeholders(self.input_ids), self.targets[0].ne(IGNORE).nonzero().squeeze(1)
 
     @property
     def num_tokens(self) -> int:
@@ -141,13 +148,26 @@ class CaptionBatch(OnDevice):
 
 @dataclass
 class Prompts(OnDevice):
-    """Prompts to continue: `input_ids` and `attention_mask` [B, L], padded on the left; images as in `Batch`."""
+    """Prompts to continue: `input_ids` and `attention_mask` [B, L], padded on the left; images as in `Batch`.
+
+    `places` are the placeholders' positions in the flattened ids.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     pixels: dict[str, Tensor]
     layouts: list[Layout]
     sizes: dict[str, Tensor]
+    places: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.places is None:
+            self.places = placeholders(self.input_ids)
+
+
+def placeholders(ids: Tensor) -> Tensor:
+    """Where visual tokens go: indices into ids.flatten(), in reading order."""
+    return ids.flatten().eq(IMAGE_TOKEN).nonzero().squeeze(1)
 
 
 def moved(value: Any, device: torch.device | str, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vlm_lab.batch import IGNORE, IMAGE_TOKEN, Batch, Prompts
+from vlm_lab.batch import IMAGE_TOKEN, Batch, Prompts
 from vlm_lab.model.arrange import arrange
 from vlm_lab.model.attention import for_kernel
 from vlm_lab.model.connectors import Connector, DeepConnector
@@ -25,7 +25,7 @@ from vlm_lab.model.native import native_features
 
 def answer_loss(llm: Any, embeds: Tensor, batch: Batch) -> Tensor:
     """Sum of the cross-entropy over a packed row's targets; `embeds` [1, L, D] is what the LLM reads."""
-    answers = batch.targets[0].ne(IGNORE).nonzero().squeeze(1)  # positions that predict an answer token
+    answers: Any = batch.answers
     targets = batch.targets[0, answers]
     call = partial(
         llm,
@@ -95,16 +95,16 @@ class VLM(nn.Module):
     def splice(self, batch: Batch | Prompts, seen: Seen) -> Tensor:
         """Token embeddings [B, L, D] with the visual tokens in the place of the placeholders, in reading order."""
         embeds = self.llm.get_input_embeddings()(batch.input_ids.masked_fill(seen.image, 0))
-        newline = self.newline(batch.input_ids.device)
-        count = int(seen.image.sum())
-        if count == 0:  # a text-only row still runs the encoder, so that no rank of a sharded model waits for it
+        newline, places = self.newline(batch.input_ids.device), batch.places
+        assert places is not None
+        if len(places) == 0:  # a text-only row still runs the encoder, so that no rank of a sharded model waits for it
             return embeds + torch.cat([0 * t.flatten() for t in (seen.tokens, newline) if t is not None]).sum()
         visual = arrange(seen.tokens, seen.grid, seen.layouts, newline).to(embeds.dtype)  # [sum of num_tokens, D]
-        if count != len(visual):
+        if len(places) != len(visual):
             raise ValueError(
-                f"{count} image placeholders but {len(visual)} visual tokens from {len(seen.tokens)} views"
+                f"{len(places)} image placeholders but {len(visual)} visual tokens from {len(seen.tokens)} views"
             )
-        return embeds.masked_scatter(seen.image.unsqueeze(-1), visual)
+        return embeds.flatten(0, 1).index_copy(0, places, visual).view_as(embeds)
 
     def newline(self, device: torch.device) -> Tensor | None:
         """The newline embedding [1, D]; None if the tiling has no use for it."""

@@ -31,8 +31,8 @@ class Encoder(nn.Module):
         self.register_buffer("scale", 255 * torch.tensor(self.std).view(1, 3, 1, 1), persistent=False)
 
     def normalised(self, pixels: Tensor) -> Tensor:
-        """uint8 [V, 3, H, W] -> the encoder's dtype, same shape."""
-        return (pixels.to(self.shift.dtype) - self.shift) / self.scale
+        """uint8 [V, 3, H, W] -> the dtype of the weights (DeepSpeed narrows them, and no buffer), same shape."""
+        return ((pixels.to(self.shift.dtype) - self.shift) / self.scale).to(next(self.parameters()).dtype)
 
     def feature_map(self, maps: Sequence[Tensor]) -> FeatureMap:
         """Maps [V, C_i, h_i, w_i] as one: each bilinear to `grid` (float32, half-pixel centres), then side by side."""
