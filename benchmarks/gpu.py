@@ -4,10 +4,11 @@
     python benchmarks/gpu.py --shapes 0.5b --tunings full --steps 8
 
 SigLIP SO400M/14 at 384 px (729 tokens), an MLP and Qwen2 at its 0.5B or 7B size, random weights, bf16 (weights, too),
-AdamW, packed rows of image samples against padded ones of the same records. `full` trains everything, `lora` the
-connector and adapters of rank 64 in the LLM. Neither side checkpoints activations. Contenders run in turn, each in a
-process of its own. MFU: `vlm_lab/model/flops.py`; the peer's is ours per token of its samples, padding not counted.
-Needs a CUDA device; nothing is downloaded. The trainability contract, which works once per stage, is left out.
+AdamW, packed rows of image samples against padded ones of the same records; ours also with `trainer.compile`. `full`
+trains everything, `lora` the connector and adapters of rank 64 in the LLM. Nobody checkpoints activations. Contenders
+run in turn, each in a process of its own. MFU: `vlm_lab/model/flops.py`; the peer's is ours per token of its samples,
+padding not counted. Needs a CUDA device; nothing is downloaded. The trainability contract, which works once per stage,
+is left out.
 """
 
 import argparse
@@ -137,6 +138,7 @@ def ours(folder: Path, shape: str, tuning: str, steps: int, *more: str) -> dict[
     from vlm_lab.callbacks import BadRecords, Meter
     from vlm_lab.data.loader import Loader, Records
     from vlm_lab.data.mixture import Mixture
+    from vlm_lab.model.compiled import compile_blocks
     from vlm_lab.model.flops import mfu_counter
     from vlm_lab.module import VLMTraining
 
@@ -149,11 +151,12 @@ def ours(folder: Path, shape: str, tuning: str, steps: int, *more: str) -> dict[
     source = build.sources(cfg)["records"]
     records = Records([source], Mixture([len(source)], [1.0], cfg.seed), processor)
     loader = Loader(records, stage.steps, stage.batch, stage.micro_batch, workers=cfg.trainer.num_workers)
-    module = VLMTraining(vlm, stage, stage.steps)
-    module.to(torch.bfloat16)
+    module = VLMTraining(vlm, stage, stage.steps).to(torch.bfloat16)
     torch.cuda.reset_peak_memory_stats()
     counter = mfu_counter(vlm, torch.cuda.get_device_name(), True)
     assert counter is not None, "no figure for this card in vlm_lab/model/flops.py"
+    if cfg.trainer.compile:
+        compile_blocks(vlm)
     meter = Meter("bench", folder / "metrics.jsonl", window=steps, mfu=counter)
     trainer = build.trainer(cfg, stage, loader, [meter, BadRecords(0, folder / "bad.jsonl")])
     trainer.fit(module, loader)
@@ -256,7 +259,11 @@ def adapted(model: Any) -> Any:
     return wrapped
 
 
-CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {"ours": ours, "transformers": peer}
+def compiled(folder: Path, shape: str, tuning: str, steps: int) -> dict[str, float]:
+    return ours(folder, shape, tuning, steps, "trainer.compile=true")
+
+
+CONTENDERS: dict[str, Callable[..., dict[str, float]]] = {"ours": ours, "compiled": compiled, "transformers": peer}
 
 if __name__ == "__main__":
     main()
