@@ -149,7 +149,7 @@ def test_evaluation_after_zero3(double: dict[str, Path], single: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_half_precision(single: Path, tmp_path: Path, cache: Path, strategy: str) -> None:
-    """What is sharded trains in bf16, which DeepSpeed turns weights into, but no buffer: losses within 2 % of fp32's."""
+    """Trains in bf16, into which DeepSpeed turns weights but no buffer: losses within 2 % of fp32's."""
     run = run_folder(tmp_path, cache, *overrides(strategy), "trainer.precision=bf16-mixed")
     train_tree(run, "align", 2, 120, shard_everything if strategy == "zero3" else None)
     losses = [loss for _, loss, _, _ in numbers(run, "align")]
