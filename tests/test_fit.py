@@ -29,10 +29,11 @@ def fit(
     source: object | None = None,
     extra: tuple = (),
     checkpointing: bool | None = None,
+    overrides: tuple[str, ...] = (),
     **stage: object,
 ) -> tuple[VLMTraining, list[float]]:
     """STEPS steps of a tiny VLM; what was trained, and its losses."""
-    config = schema.check(composed("stage=[align]"))
+    config = schema.check(composed("stage=[align]", *overrides))
     options = {"train": {"encoder": 3e-3, "connector": 3e-3, "llm": 3e-3}, "batch": BATCH, "micro_batch": micro_batch}
     plan = schema.Stage.model_validate({**config.stages["align"].model_dump(), **options, "steps": STEPS, **stage})
     seed_everything(0, verbose=False)

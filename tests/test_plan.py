@@ -62,6 +62,8 @@ def test_memory_is_divided_as_zero_does() -> None:
     assert (need.weights, need.gradients, need.optimizer, need.total) == (4.0, 0.5, 1.0, 5.5)
     alone = plan.memory(8 * 2**30, 2**30, schema.check(composed()))
     assert (alone.weights, alone.gradients, alone.optimizer) == (32.0, 4.0, 8.0)
+    averaged = plan.memory(8 * 2**30, 2**30, schema.check(composed()), averaged=True)
+    assert averaged.optimizer == 12.0
 
 
 def test_nothing_is_allocated() -> None:

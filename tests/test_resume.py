@@ -7,13 +7,17 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from processes import finish, lines, run_folder, start, store_of
 from safetensors.torch import load_file
+from test_fit import fit
 
-from vlm_lab.callbacks import AtomicFiles, latest
+from vlm_lab.callbacks import AtomicFiles, Average, Background, Checkpoints, latest
+from vlm_lab.callbacks.checkpoints import saved
+from vlm_lab.data.process import Processor
 
 STEPS = 8
 LORA = "{lr:1.0e-3,adapt:lora,rank:2,dropout:0.2}"  # dropout draws from the global generator
@@ -21,8 +25,10 @@ BASE = [f"stages.align.steps={STEPS}", f"stages.instruct.steps={STEPS}", "eval.l
 CASES = {
     # packed rows, noise, accumulation; then adapters with dropout under 8-bit states
     "main process": ["trainer.num_workers=0", "++stages.align.neftune=5.0", "stages.align.micro_batch=1"],
-    # two workers, a mixture of two sources, a schedule with warmup per path
+    # two workers, a mixture of two sources, a schedule with warmup per path; averaged weights, background writing
     "workers": [
+        "++stages.align.ema=0.9",
+        "++trainer.checkpoint_async=true",
         "trainer.num_workers=2",
         "++data.mixtures.caption={captions:0.5,questions:0.5}",
         "++data.shuffle_turns=true",
@@ -81,9 +87,11 @@ def test_killed_at_random_steps(case: str, tmp_path: Path, cache: Path) -> None:
     assert_equal(run, whole)
 
 
-def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_sigterm_saves_and_the_same_command_continues(tmp_path: Path, cache: Path, background: str) -> None:
     """Signalled to the whole process group, as cluster schedulers do, loader workers included."""
     overrides = [*BASE, "trainer.num_workers=1", "++trainer.checkpoint_every=1000"]
+    overrides += [f"++trainer.checkpoint_async={background}"]
     whole = run_folder(tmp_path / "whole", cache, *overrides)
     finish([start(whole)], whole, 120)
     run = run_folder(tmp_path / "stopped", cache, *overrides)
@@ -122,18 +130,56 @@ def test_another_layout_is_refused_another_configuration_starts_anew(tmp_path: P
     assert [line["step"] for line in lines(changed) if line["stage"] == "align"] == list(range(1, STEPS + 1))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("files", [AtomicFiles(), Background(AtomicFiles(2))], ids=["at once", "background"])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture, files: AtomicFiles | Background
+) -> None:
     """Real writes against a limit on file size; what does not fit leaves nothing, and raises nothing."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    files = AtomicFiles()
     files.save_checkpoint({"step": 1}, folder / "step-1.ckpt")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         files.save_checkpoint({"step": 2, "weights": torch.zeros(100_000)}, folder / "step-2.ckpt")
+        files.teardown()  # waits for the thread, if there is one
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in folder.iterdir()] == ["step-1.ckpt"]
     assert "could not be written" in capsys.readouterr().err
     assert torch.load(latest(folder), weights_only=True) == {"step": 1}
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes as long for a checkpoint as training for a few steps."""
+    write = AtomicFiles.save_checkpoint
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.3)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(AtomicFiles, "save_checkpoint", slowly)
+
+
+def test_background_checkpoints_are_those_of_their_step(processor: Processor, tmp_path: Path, slow_disk: None) -> None:
+    """Every third step, the newest four, written while training goes on: bit for bit those that are written at once."""
+    found = {}
+    for background in ("false", "true"):
+        folder = tmp_path / background
+        options = ("trainer.checkpoint_keep=4", f"trainer.checkpoint_async={background}")
+        fit(processor, tmp_path, extra=(Average(0.9), Checkpoints(folder, every=3, keep=4)), overrides=options)
+        found[background] = {path.stem: leaves(torch.load(path, weights_only=True)) for path in saved(folder)}
+    assert list(found["false"]) == [f"step-{step}" for step in (9, 12, 15, 18)]
+    assert found["true"] == found["false"]
+    assert any("average" in path for path in found["true"]["step-9"])
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """{path: value} of a nested container, tensors as their bytes; without what the clock says."""
+    if isinstance(value, torch.Tensor):
+        return {path: value.numpy().tobytes()}
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in leaves(item, f"{path}/{key}").items()}
+    return {} if path.endswith(("/seconds", "/first_step_at")) else {path: value}

@@ -160,15 +160,16 @@ def trainer(config: Config, stage: Stage, data: Loader, callbacks: list[Callback
     """Lightning's Trainer for one stage: one pass over `data`, whose length is steps x accumulated rows."""
     from lightning import Trainer
 
-    from vlm_lab.callbacks import AtomicFiles
+    from vlm_lab.callbacks import AtomicFiles, Background
     from vlm_lab.strategies import leave_inputs, strategy
 
     options = config.trainer
+    files = Background(AtomicFiles(options.checkpoint_keep)) if options.checkpoint_async else AtomicFiles()
     built = Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         strategy=strategy(options),
-        plugins=[] if options.strategy.startswith("zero") else [AtomicFiles()],
+        plugins=[] if options.strategy.startswith("zero") else [files],
         precision=options.precision,
         max_steps=data.steps,
         accumulate_grad_batches=data.parts,

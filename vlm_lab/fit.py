@@ -26,7 +26,7 @@ from lightning import seed_everything
 from safetensors.torch import save_model
 
 from vlm_lab import build, parts, schema
-from vlm_lab.callbacks import BadRecords, Checkpoints, Contract, Meter, Preempted, Pulse, latest
+from vlm_lab.callbacks import Average, BadRecords, Checkpoints, Contract, Meter, Preempted, Pulse, latest
 from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
@@ -150,7 +150,8 @@ class Worker:
         """Trainer.fit, from the newest checkpoint in `folder` if there is one."""
         options, checkpoints = self.config.trainer, folder / CHECKPOINTS
         saver = Checkpoints(checkpoints, options.checkpoint_every, options.checkpoint_keep)
-        callbacks = [*counters, Pulse(self.run, name, RANK), Contract(), saver, Consolidate()]
+        average = [] if module.stage.ema is None else [Average(module.stage.ema)]
+        callbacks = [*counters, Pulse(self.run, name, RANK), Contract(), *average, saver, Consolidate()]
         trainer = build.trainer(self.config, module.stage, loader, callbacks)
         if trainer.world_size != options.devices or trainer.world_size != WORLD:
             raise RuntimeError(f"trainer.devices = {options.devices}, but {WORLD} processes run")

@@ -65,11 +65,18 @@ def trainable(config: Config, stage: Stage) -> list[freeze.Row]:
     return freeze.trainability(model, module.table)
 
 
-def memory(total: int, trained: int, config: Config) -> Memory:
-    """AdamW in `trainer.precision`: two fp32 moments; DeepSpeed keeps an fp32 copy of weights that are half as wide."""
+def memory(total: int, trained: int, config: Config, averaged: bool = False) -> Memory:
+    """AdamW in `trainer.precision`: two fp32 moments; DeepSpeed keeps an fp32 copy of weights that are half as wide.
+
+    An average of the weights counts as state of the optimizer.
+    """
     options = config.trainer
     wide = 2 if options.precision == "bf16-true" else 4  # bytes
-    sizes = {"weights": wide * total, "gradients": wide * trained, "optimizer": (8 + 4 * (wide == 2)) * trained}
+    sizes = {
+        "weights": wide * total,
+        "gradients": wide * trained,
+        "optimizer": (8 + 4 * (wide == 2) + 4 * averaged) * trained,
+    }
     for kind in SHARDED.get(options.strategy.removesuffix("_offload"), ()):
         sizes[kind] //= options.devices
     return Memory(**{kind: size / 2**30 for kind, size in sizes.items()})
@@ -83,7 +90,7 @@ def show(config: Config) -> None:
     for name, stage in config.stages.items():
         rows = trainable(config, stage)
         trained = sum(row.trained for row in rows)
-        need = memory(sum(row.params for row in rows), trained, config)
+        need = memory(sum(row.params for row in rows), trained, config, stage.ema is not None)
         parts = f"weights {need.weights:.1f}, gradients {need.gradients:.1f}, optimizer {need.optimizer:.1f}"
         share = f"trains {trained:,} of {sum(row.params for row in rows):,}"
         console.print(f"{name}: {share}; {need.total:.1f} GiB per device before activations ({parts})", highlight=False)

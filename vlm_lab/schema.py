@@ -61,6 +61,7 @@ class Trainer(Strict):
     compile: Annotated[bool, IDENTITY] = False  # blocks by torch.compile, which changes the order of sums
     checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
     checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
+    checkpoint_async: Annotated[bool, PERFORMANCE] = False  # written while training goes on
     timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
     feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "off"  # of frozen encoders; auto: if faster
     feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = (
@@ -195,13 +196,17 @@ def check_objective(name: str, stage: Stage, config: Config) -> None:
 
 
 def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
-    """ZeRO shards plain weights and the states of PyTorch's optimizers only."""
+    """ZeRO shards plain weights and the states of PyTorch's optimizers only, and writes its own checkpoints."""
     if not trainer.strategy.startswith("zero"):
         return
     if trainer.feature_cache == "on" and trainer.strategy.startswith("zero3"):
         raise ValueError("trainer.feature_cache = on: under ZeRO-3 all processes run the encoder together; say auto")
     if trainer.compile and trainer.strategy.startswith("zero3"):
         raise ValueError("trainer.compile = true: ZeRO-3 gathers weights inside the layers; use zero2, ddp or gpu")
+    if trainer.checkpoint_async:
+        raise ValueError("trainer.checkpoint_async = true needs trainer=gpu, cpu or ddp, not ZeRO")
+    if stage.ema is not None:
+        raise ValueError(f"stages.{name}.ema = {stage.ema} needs trainer=gpu, cpu or ddp, not ZeRO")
     four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
     if four_bit:
         raise ValueError(f"stages.{name}.train.{four_bit[0]}.adapt = qlora needs trainer=gpu, cpu or ddp, not ZeRO")

@@ -91,6 +91,7 @@ class Stage(Strict):
     beta2: Annotated[float, IDENTITY] = Field(0.999, gt=0, lt=1)  # AdamW's
     neftune: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # alpha of the noise on the LLM's input
     clip: Annotated[float | None, IDENTITY] = Field(None, gt=0)  # gradient norm
+    ema: Annotated[float | None, IDENTITY] = Field(None, gt=0, lt=1)  # decay of the weights' average that it hands on
     max_tokens: Annotated[int, IDENTITY] = Field(2048, gt=0)  # per sample
     tiling: Annotated[Node | None, IDENTITY] = None  # of this stage, where it is not the run's
     chat: Annotated[str | None, IDENTITY] = None  # template of this stage, where it is not the LLM's

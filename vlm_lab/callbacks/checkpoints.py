@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning_utilities import apply_to_collection
 from rich.console import Console
 
 from vlm_lab.batch import Batch
@@ -64,8 +66,7 @@ class Checkpoints(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
         if trainer.is_global_zero:
-            for old in saved(self.folder)[: -self.keep]:
-                remove(old)
+            prune(self.folder, self.keep)
 
     def on_exception(self, trainer: Trainer, module: VLMTraining, exception: BaseException) -> None:
         self.restore_handler()
@@ -94,7 +95,13 @@ class Checkpoints(Callback):
 
 
 class AtomicFiles(TorchCheckpointIO):
-    """A checkpoint appears by one rename; if it cannot be written, the ones before stay and training goes on."""
+    """A checkpoint appears by one rename; if it cannot be written, the ones before stay and training goes on.
+
+    `keep`: how many of the newest stay when it is there; None leaves that to the caller.
+    """
+
+    def __init__(self, keep: int | None = None) -> None:
+        self.keep = keep
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         partial = Path(f"{path}.partial")
@@ -102,10 +109,31 @@ class AtomicFiles(TorchCheckpointIO):
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
             in_place(partial, Path(path))
+            if self.keep is not None:
+                prune(Path(path).parent, self.keep)
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter while it handles the former
             remove(partial)
             reason = " ".join(str(error.__context__ or error).split())
             Console(stderr=True).print(f"checkpoint {path} could not be written ({reason}); training goes on")
+
+
+class Background(AsyncCheckpointIO):
+    """Lightning's writing in a thread: training goes on as soon as the state is copied to main memory.
+
+    One write at a time, so that snapshots cannot pile up before a slow disk. When training ends, or is stopped by an
+    error or SIGTERM, Lightning's teardown waits for the last write.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.teardown()  # the write before, if it still runs
+        on_host = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().cpu())
+        super().save_checkpoint(on_host, path, storage_options)  # which copies what was in main memory already
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for old in saved(folder)[:-keep]:
+        remove(old)
 
 
 def saved(folder: Path) -> list[Path]:

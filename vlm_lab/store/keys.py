@@ -12,7 +12,17 @@ from vlm_lab.schema import HF, IDENTITY, Config
 from vlm_lab.stages import parents
 
 PACKAGE = Path(__file__).parent.parent
-CODE = ("batch.py", "build.py", "convert/*.py", "encoder_module.py", "fit.py", "module.py", "parts.py", "strategies.py")
+CODE = (
+    "batch.py",
+    "build.py",
+    "callbacks/average.py",
+    "convert/*.py",
+    "encoder_module.py",
+    "fit.py",
+    "module.py",
+    "parts.py",
+    "strategies.py",
+)
 TREES = ("data/**/*.py", "model/**/*.py")
 
 
