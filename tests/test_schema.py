@@ -86,6 +86,8 @@ MISTAKES = [
     ("trainer.precision=64", "trainer.precision = 64"),
     ("eval.images=[real,blurred]", "eval.images.1 = 'blurred'"),
     ("seed==1", "seed==1"),
+    ("+stages.align.upscale=1.5", "stages.align.upscale = 1.5"),
+    ("bootstrap=[llm] +stages.pretrain_llm.upscale=0.5", "stages.pretrain_llm.upscale is for training the whole model"),
 ]
 
 

@@ -124,7 +124,7 @@ def loader(config: Config, stage: Stage, process: Processor | TextProcessor, ran
     from vlm_lab.data.loader import Loader, Records
 
     used, mixed = mixture(config, stage)
-    records = Records(used, mixed, process, config.data.shuffle_turns, stage.turns)
+    records = Records(used, mixed, process, config.data.shuffle_turns, stage.turns, stage.upscale)
     workers = config.trainer.num_workers
     return Loader(records, steps(stage, used), stage.batch, stage.micro_batch, rank, world, workers)
 

@@ -183,6 +183,8 @@ def kind(stage: Stage) -> Objective:
 
 def check_objective(name: str, stage: Stage, config: Config) -> None:
     """A stage that pretrains an encoder names one, and what it needs besides; the others name nothing of that."""
+    if stage.upscale is not None and kind(stage) != "vlm":
+        raise ValueError(f"stages.{name}.upscale is for training the whole model, objective is {stage.objective}")
     added = {field: getattr(stage, field) for field in ("encoder", "towers", "views", "wordpieces", "image_size")}
     if "towers" not in OBJECTIVES[kind(stage)]:
         for field in (field for field, value in added.items() if value is not None):

@@ -72,6 +72,7 @@ class Stage(Strict):
     mixture: Annotated[str, IDENTITY]
     train: Annotated[dict[str, Rule | None], IDENTITY]
     turns: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # questions of a conversation, drawn anew; null: all
+    upscale: Annotated[float | None, IDENTITY] = Field(None, gt=0, le=1)  # share of the images that are enlarged
     cap: Annotated[int | None, IDENTITY] = Field(None, gt=0)  # records of each source, at most (Cambrian-1's t)
     objective: Annotated[Objective | dict[str, Objective], IDENTITY] = "vlm"
     bootstrap: Annotated[bool, IDENTITY] = False

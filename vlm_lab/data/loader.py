@@ -18,13 +18,15 @@ from vlm_lab.data.mixture import Mixture, generator
 from vlm_lab.data.process import Example, Processor, TextProcessor
 from vlm_lab.data.sample import BadRecord, Source
 from vlm_lab.data.turns import shuffled_turns
+from vlm_lab.data.upscale import upscaled
 
 
 class Records(Dataset):
     """Draw number -> processed example, or the BadRecord that says why there is none.
 
     With `shuffle_turns` the questions on an image come in a new order at every draw, so that no kind of question is
-    tied to a place in the conversation (Idefics2 does the same); `turns`: so many of them at most.
+    tied to a place in the conversation (Idefics2 does the same); `turns`: so many of them at most. `upscale`: the
+    share of images that are enlarged.
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class Records(Dataset):
         processor: Processor | TextProcessor,
         shuffle_turns: bool = False,
         turns: int | None = None,
+        upscale: float | None = None,
     ) -> None:
         self.sources, self.mixture, self.processor = sources, mixture, processor
-        self.shuffle_turns, self.turns = shuffle_turns, turns
+        self.shuffle_turns, self.turns, self.upscale = shuffle_turns, turns, upscale
 
     def __getitem__(self, draw: int) -> Example | BadRecord:
         source, index = self.mixture[draw]
@@ -44,6 +47,9 @@ class Records(Dataset):
             sample = self.sources[source][index]
             if self.shuffle_turns:
                 sample = shuffled_turns(sample, generator(self.mixture.seed, draw), self.turns)
+            if self.upscale is not None and sample.images:
+                limit = 2 * max(eye.side for eye in self.processor.eyes.values())
+                sample = upscaled(sample, self.upscale, limit, generator(self.mixture.seed, draw, 0, 1))
             return self.processor.example(sample)
         except BadRecord as bad:
             return bad
