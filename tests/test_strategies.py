@@ -1,16 +1,17 @@
-"""DDP, ZeRO-2 and ZeRO-3 in two real processes: what one process trains, exact resume, and processes that never hang.
+"""DDP, ZeRO-2, ZeRO-3 and FSDP in two real processes: what one process trains, exact resume, no process that hangs.
 
 Two stages of a VLM whose connector also works inside the LLM: first all of it trains, then the connector and LoRA, with
 the encoder frozen. Steps mix texts, questions on one image and on several, so that the ranks' rows differ in images.
 """
 
 import json
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import max_difference
+from helpers import composed, max_difference
 from processes import finish, lines, run_folder, start, start_tree, store_of, train_tree
 from safetensors.torch import load_file
 
@@ -40,11 +41,12 @@ BASE = [
     "eval.limit=2",
     "eval.images=[real]",
 ]
-STRATEGIES = ("ddp", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp")
 
 
 def overrides(strategy: str) -> list[str]:
-    return [*BASE, "trainer.devices=2", f"trainer.strategy={strategy}", "++trainer.checkpoint_every=2"]
+    common = [*BASE, "trainer.devices=2", f"trainer.strategy={strategy}", "++trainer.checkpoint_every=2"]
+    return [*common, f"trainer.gradient_checkpointing={str(strategy == 'fsdp').lower()}"]
 
 
 def shard_everything() -> None:
@@ -147,7 +149,7 @@ def test_evaluation_after_zero3(double: dict[str, Path], single: Path) -> None:
         ]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
 def test_half_precision(single: Path, tmp_path: Path, cache: Path, strategy: str) -> None:
     """Trains in bf16, into which DeepSpeed turns weights but no buffer: losses within 2 % of fp32's."""
     run = run_folder(tmp_path, cache, *overrides(strategy), "trainer.precision=bf16-mixed")
@@ -156,7 +158,7 @@ def test_half_precision(single: Path, tmp_path: Path, cache: Path, strategy: str
     assert losses == pytest.approx([loss for _, loss, _, _ in numbers(single, "align")], rel=0.02)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
 def test_killed_and_resumed(double: dict[str, Path], tmp_path: Path, cache: Path, strategy: str) -> None:
     """Killed behind a checkpoint; the continued stage has the same losses and weights, bit for bit."""
     before = shard_everything if strategy == "zero3" else None
@@ -174,6 +176,23 @@ def test_killed_and_resumed(double: dict[str, Path], tmp_path: Path, cache: Path
     assert numbers(run, "align") == numbers(double[strategy], "align")
     ours, expected = weights(run, "align"), weights(double[strategy], "align")
     assert [name for name, tensor in expected.items() if not torch.equal(ours[name], tensor)] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("stages.align.ema=0.9", "stages.align.ema = 0.9 needs trainer=gpu, cpu or ddp, not FSDP"),
+        ("stages.align.optimizer=muon", "stages.align.optimizer = muon needs trainer=gpu, cpu or ddp, not FSDP"),
+        ("trainer.compile=true", "trainer.compile = true needs trainer=gpu, cpu or ddp, not FSDP"),
+        ("trainer.checkpoint_async=true", "trainer.checkpoint_async = true needs trainer=gpu, cpu or ddp, not FSDP"),
+        ("trainer.precision=16-mixed", "trainer.precision = 16-mixed needs trainer=gpu, cpu or ddp, not FSDP"),
+        ("trainer.feature_cache=on", "under FSDP all processes run the encoder together; say auto"),
+        ("bootstrap=[encoder]", "FSDP cannot, use trainer=ddp or zero2, or bootstrap=[]"),
+    ],
+)
+def test_what_fsdp_refuses(override: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        schema.check(composed("trainer=fsdp", override))
 
 
 def unguarded() -> None:

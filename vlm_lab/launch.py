@@ -85,7 +85,7 @@ def prepare(run: Path, config: Config, inputs: dict[str, dict[str, Any]]) -> Non
 
 def train_and_evaluate(config: Config, run: Path, inputs: dict[str, dict[str, Any]], store: Store) -> None:
     log = run / LOG if config.ablation is not None else None
-    if config.trainer.devices == 1 and not config.trainer.strategy.startswith("zero"):
+    if config.trainer.devices == 1 and not schema.shards(config.trainer.strategy):
         child("vlm_lab.fit", run, log=log)
         return
     for name, value in inputs.items():

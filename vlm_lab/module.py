@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from lightning import LightningModule
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -44,6 +46,16 @@ class VLMTraining(LightningModule):
         self.step_loss = torch.zeros(())  # this process's share of the current step's loss
         self.step_ids: list[str] = []  # this process's samples of the current step
         self.grad_norm: float | None = None  # of the last step, before clipping
+
+    def configure_model(self) -> None:
+        """Under FSDP: every block is gathered by itself, the rest with the whole model."""
+        if self.device_mesh is None or isinstance(self.vlm, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for name in ("encoder", "llm"):
+            for path in freeze.blocks(self.vlm, name) if hasattr(self.vlm, name) else ():
+                fully_shard(self.vlm.get_submodule(path), mesh=mesh)
+        fully_shard(self.vlm, mesh=mesh)
 
     def on_train_start(self) -> None:
         freeze.train_mode(self.vlm)
@@ -86,7 +98,7 @@ class VLMTraining(LightningModule):
         if not trained:  # DeepSpeed holds the gradients, clips them itself, and is asked afterwards
             return
         norm = get_total_norm([p.grad for p in trained])
-        self.grad_norm = float(norm)
+        self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         scaled = self.trainer.precision == "16-mixed"  # there, infinite gradients only mean: try a smaller scale
         if not math.isfinite(self.grad_norm) and not (scaled and math.isfinite(self.loss_of_step())):
             self.stop_at_nonfinite(self.trainer.global_step + 1)

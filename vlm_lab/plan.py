@@ -25,7 +25,8 @@ from vlm_lab.parts import stage_model
 from vlm_lab.schema import Config, Stage
 
 CONF = Path(__file__).parent.parent / "conf"
-SHARDED = {"zero2": ("gradients", "optimizer"), "zero3": ("weights", "gradients", "optimizer")}  # what is divided
+EVERYTHING = ("weights", "gradients", "optimizer")
+SHARDED = {"zero2": ("gradients", "optimizer"), "zero3": EVERYTHING, "fsdp": EVERYTHING}  # what is divided
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from vlm_lab.stages import (
 
 __all__ = ["COSMETIC", "HF", "IDENTITY", "PERFORMANCE", "Config", "Node", "Rule", "Stage", "Trainer"]
 HF = "hf:"  # what `init` begins with: the checkpoint is one of transformers
-Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp"]
 
 
 class Data(Strict):
@@ -97,7 +97,7 @@ class Config(Strict):
 def register_resolvers() -> None:
     """`${scale:A,B}`: A at scale=tiny, B at scale=full. `${unsharded:A,B}`: A, or B if ZeRO shards the model."""
     by_scale = lambda tiny, full, *, _root_: tiny if _root_.scale == "tiny" else full  # noqa: E731
-    by_strategy = lambda whole, sharded, *, _root_: sharded if _root_.trainer.strategy.startswith("zero") else whole  # noqa: E731
+    by_strategy = lambda whole, sharded, *, _root_: sharded if shards(_root_.trainer.strategy) else whole  # noqa: E731
     OmegaConf.register_new_resolver("scale", by_scale, replace=True)
     OmegaConf.register_new_resolver("unsharded", by_strategy, replace=True)
 
@@ -198,22 +198,32 @@ def check_objective(name: str, stage: Stage, config: Config) -> None:
 
 
 def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
-    """ZeRO shards plain weights and the states of PyTorch's optimizers only, and writes its own checkpoints."""
-    if not trainer.strategy.startswith("zero"):
+    """What shards, shards plain weights and the states of PyTorch's optimizers only."""
+    if not shards(trainer.strategy):
         return
-    if trainer.feature_cache == "on" and trainer.strategy.startswith("zero3"):
-        raise ValueError("trainer.feature_cache = on: under ZeRO-3 all processes run the encoder together; say auto")
-    if trainer.compile and trainer.strategy.startswith("zero3"):
-        raise ValueError("trainer.compile = true: ZeRO-3 gathers weights inside the layers; use zero2, ddp or gpu")
-    if trainer.checkpoint_async:
-        raise ValueError("trainer.checkpoint_async = true needs trainer=gpu, cpu or ddp, not ZeRO")
-    if stage.ema is not None:
-        raise ValueError(f"stages.{name}.ema = {stage.ema} needs trainer=gpu, cpu or ddp, not ZeRO")
+    sharder = "FSDP" if trainer.strategy == "fsdp" else "ZeRO"
+    weights = sharder == "FSDP" or trainer.strategy.startswith("zero3")
+    if trainer.feature_cache == "on" and weights:
+        whole = f"under {sharder} all processes run the encoder together"
+        raise ValueError(f"trainer.feature_cache = on: {whole}; say auto")
+    if sharder == "FSDP" and "towers" in OBJECTIVES[kind(stage)]:
+        raise ValueError(f"stages.{name} pretrains an encoder: FSDP cannot, use trainer=ddp or zero2, or bootstrap=[]")
     four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
-    if four_bit:
-        raise ValueError(f"stages.{name}.train.{four_bit[0]}.adapt = qlora needs trainer=gpu, cpu or ddp, not ZeRO")
-    if stage.optimizer != "adamw":
-        raise ValueError(f"stages.{name}.optimizer = {stage.optimizer} needs trainer=gpu, cpu or ddp, not ZeRO")
+    refused = {
+        "trainer.compile = true": trainer.compile and weights,
+        "trainer.checkpoint_async = true": trainer.checkpoint_async,
+        "trainer.precision = 16-mixed": trainer.precision == "16-mixed" and sharder == "FSDP",
+        f"stages.{name}.ema = {stage.ema}": stage.ema is not None,
+        f"stages.{name}.train.{(four_bit or [''])[0]}.adapt = qlora": bool(four_bit),
+        f"stages.{name}.optimizer = {stage.optimizer}": stage.optimizer != "adamw",
+    }
+    for what in (what for what, wanted in refused.items() if wanted):
+        raise ValueError(f"{what} needs trainer=gpu, cpu or ddp, not {sharder}")
+
+
+def shards(strategy: str) -> bool:
+    """Whether it divides weights, gradients or states between processes."""
+    return strategy.startswith("zero") or strategy == "fsdp"
 
 
 def check_tilings(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Where parameters, gradients and optimizer states live: Lightning's strategies, and DeepSpeed's ZeRO on any device.
+"""Where parameters, gradients and optimizer states live: Lightning's strategies, on any device.
 
 Everything here that gathers sharded tensors is a collective: every process must call it, in the same order. ZeRO-1 is
 not offered (its consolidated checkpoints lack frozen weights, DeepSpeed issue 5439).
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm_lab.files import in_place
 from vlm_lab.schema import Trainer as Options
@@ -25,6 +26,9 @@ def strategy(options: Options) -> Any:
     backend = "gloo" if cpu else "nccl"
     if options.strategy.startswith("zero"):
         return Zero(options, timeout=timeout, process_group_backend=backend)
+    if options.strategy == "fsdp":
+        sizes = {"data_parallel_size": options.devices, "tensor_parallel_size": 1}
+        return FSDP(**sizes, save_distributed_checkpoint=False, timeout=timeout, process_group_backend=backend)
     if options.devices == 1:
         return "auto"
     return DDPStrategy(timeout=timeout, process_group_backend=backend)
@@ -64,6 +68,19 @@ class Zero(DeepSpeedStrategy):
             in_place(partial, path)
 
 
+class FSDP(ModelParallelStrategy):
+    """PyTorch's fully sharded data parallelism, the newer one (`fully_shard`).
+
+    Every parameter is sharded by itself, so frozen and trained ones mix; the module says what is gathered together
+    (`configure_model`). Checkpoints are whole, in one file, as under DDP.
+    """
+
+
+def shards_weights(trainer: Trainer) -> bool:
+    """Whether a forward pass of any part of the model is one of all processes together."""
+    return isinstance(trainer.strategy, FSDP) or getattr(trainer.strategy, "zero_stage_3", False)
+
+
 def leave_inputs(trainer: Trainer) -> None:
     """Batches hold integers alone: there is nothing to convert, and Lightning cannot look into frozen dataclasses."""
     setattr(trainer.strategy.precision_plugin, "convert_input", lambda batch: batch)  # noqa: B010
@@ -86,6 +103,9 @@ def whole_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of a parameter that trains under ZeRO its fp32 original, not the rounded copy in use."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.full_tensor()
     if not is_sharded(tensor):
         return tensor.detach()
     from deepspeed.runtime.zero import GatheredParameters
@@ -98,15 +118,29 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
 class Consolidate(Callback):
     """When training ends, the first process's model gets whole tensors in main memory; last of the callbacks."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for parameter in pl_module.parameters():
+        for parameter in list(pl_module.parameters()):
             if is_sharded(parameter):
                 tensor = whole(parameter)
-                if trainer.is_global_zero:
+                if not trainer.is_global_zero:
+                    continue
+                if isinstance(parameter, DTensor):
+                    replace_parameter(
+                        pl_module, parameter, nn.Parameter(tensor.to("cpu", copy=True), parameter.requires_grad)
+                    )
+                else:
                     parameter.data = tensor.to("cpu", copy=True)
+
+
+def replace_parameter(model: nn.Module, old: Tensor, new: nn.Parameter) -> None:
+    """Put `new` wherever `old` is (tied weights have several places)."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter is old:
+                setattr(module, name, new)

@@ -21,6 +21,7 @@ from vlm_lab.feature_store import FeatureStore
 from vlm_lab.model import freeze
 from vlm_lab.model.features import FeatureMap
 from vlm_lab.module import VLMTraining
+from vlm_lab.strategies import shards_weights
 
 PROBE = 3  # rows of a stage in which features are both computed and looked up; the first is for warming up
 
@@ -45,7 +46,7 @@ class Features(Callback):
                 continue
             compute = rounded(encoder, self.dtype)
             vlm.lookups[name] = compute
-            if self.mode != "off" and not getattr(trainer.strategy, "zero_stage_3", False):
+            if self.mode != "off" and not shards_weights(trainer):
                 again = self.shared or self.draws > self.records
                 folder = self.folder / fingerprint(encoder, f"{self.dtype} {trainer.precision} {chip(module.device)}")
                 views = min(self.draws, self.records)
