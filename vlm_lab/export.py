@@ -3,10 +3,13 @@
     python -m vlm_lab.export RUN                              our own format: `python -m vlm_lab.evaluate DIR` reads it
     python -m vlm_lab.export RUN --format hf                  a folder that stock transformers loads, with equal logits
     python -m vlm_lab.export RUN --format timm                every encoder as a timm model, in DIR/<encoder>
+    python -m vlm_lab.export RUN --format open_clip           every encoder that RUN pretrained with texts, the text
+                                                              tower and tokenizer: open_clip's "local-dir:DIR/<encoder>"
     ... --into DIR                                            default: RUN/export/<format>
 
-All weights are safetensors. What no class of transformers can express is refused with one line that says why
-(vlm_lab/convert); nothing is approximated.
+All weights are safetensors. What the other library cannot express is refused with one line that says why
+(vlm_lab/convert); nothing is approximated. Towers for open_clip are those at the end of the encoder's own pretraining:
+later stages may have trained the encoder on, without them.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from vlm_lab.evaluate import load_run
 from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.schema import Config
 
-FORMATS = ("native", "hf", "timm")
+FORMATS = ("native", "hf", "timm", "open_clip")
 
 
 def main() -> None:
@@ -47,6 +50,8 @@ def export(run: Path, kind: str, into: Path) -> list[str]:
     if kind == "native":
         copy_native(run, config, into)
         return []
+    if kind == "open_clip":
+        return export_towers(run, config, into)
     from vlm_lab import convert
 
     vlm, processor = load_run(run, config)
@@ -56,6 +61,27 @@ def export(run: Path, kind: str, into: Path) -> list[str]:
     for name, encoder in vlm.encoder.items():
         convert.save_encoder(name, config.encoder[name], encoder, into / name)
     return []
+
+
+def export_towers(run: Path, config: Config, into: Path) -> list[str]:
+    """Both towers of every encoder that `run` pretrained, in open_clip's names. ValueError if it can express none."""
+    from vlm_lab.model.pretrain.naming import write_open_clip
+    from vlm_lab.probe import eye_of, pretrained
+
+    stages, refused = pretrained(config), []
+    if not stages:
+        raise ValueError(f"{run} pretrained no encoder by itself, so it has no text tower for open_clip")
+    for name, stage in stages.items():
+        eye, folder = eye_of(run, config, name), into / str(stage.encoder)
+        try:
+            write_open_clip(eye.model, folder)
+        except ValueError as error:
+            refused.append(str(error))
+        else:
+            eye.words.save_for_transformers(folder)
+    if len(refused) == len(stages):
+        raise ValueError("; ".join(refused))
+    return refused
 
 
 def copy_native(run: Path, config: Config, into: Path) -> None:

@@ -102,7 +102,10 @@ def pretrained(config: Config) -> dict[str, Stage]:
 
 
 def eye_of(run: Path, config: Config, name: str) -> Eye:
-    model, folder = stage_model(config, config.stages[name], weights=False), run / "stages" / name
+    folder = run / "stages" / name
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{run} holds no stages/{name}, which pretrained the encoder: give the run's own folder")
+    model = stage_model(config, config.stages[name], weights=False)
     load_model(model, folder / "model.safetensors")
     return Eye(model, load_wordpiece(str(folder / "tokenizer")))
 

@@ -1,4 +1,4 @@
-"""`export` of a finished run, `init` from a checkpoint, encoders for timm; and what is refused, with which words."""
+"""`export` of a finished run, `init` from a checkpoint, encoders for timm and open_clip; what is refused, and how."""
 
 import json
 import shutil
@@ -11,13 +11,17 @@ import timm
 import torch
 from helpers import composed, max_difference
 from parity import Noise, clip, siglip
+from PIL import Image
 from safetensors.torch import save_model
 
-from vlm_lab import build, convert, export, schema
+from vlm_lab import build, convert, export, parts, schema
+from vlm_lab.components import make
 from vlm_lab.data.chat import Chat
 from vlm_lab.data.tiling import HD, Crop, Native, Pad, Squash
+from vlm_lab.data.wordpiece import train
 from vlm_lab.evaluate import load_run
 from vlm_lab.model.encoders import TimmEncoder
+from vlm_lab.probe import eye_of, pretrained
 from vlm_lab.store.keys import stage_keys
 
 LLAVA = ["encoder=[clip]", "connector=mlp", "llm=llama", "tiling=pad", "encoder.clip.layer=-2", "llm.chat=chatml"]
@@ -134,6 +138,64 @@ def test_timm_loads_an_encoder(family: str, layer: Any, tmp_path: Path) -> None:
         card["architecture"], pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **card["model_args"]
     )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_only_timms_models_go_out_to_timm(run: Path, tmp_path: Path) -> None:
+    node = schema.check(composed("encoder=[hf]")).encoder["hf"]
+    with pytest.raises(ValueError, match=r"^encoder hf is no model of timm: export it with --format native$"):
+        convert.save_encoder("hf", node, make(node), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def pretrained_run(folder: Path, *overrides: str) -> Path:
+    """A run whose encoders were pretrained by themselves, as `fit` leaves those stages; random weights."""
+    config = schema.check(composed("bootstrap=[encoder]", *overrides))
+    folder.mkdir(exist_ok=True)
+    schema.dump(config, folder / "config.yaml")
+    for name, stage in pretrained(config).items():
+        model = parts.stage_model(config.model_copy(update={"seed": 5}), stage)
+        (folder / "stages" / name).mkdir(parents=True)
+        save_model(model, str(folder / "stages" / name / "model.safetensors"))
+        train(["a large red circle", "two blue squares."], 1024).save_pretrained(folder / "stages" / name / "tokenizer")
+    return folder
+
+
+def test_open_clip_loads_both_towers_and_the_tokenizer(tmp_path: Path) -> None:
+    """From a picture file's pixels and from texts, also one that is cut; SigLIP's tower is refused beside it."""
+    open_clip = pytest.importorskip("open_clip")
+    run = pretrained_run(tmp_path / "run", "encoder=[openvision,siglip]", "connector=concat")
+    (refused,) = export.export(run, "open_clip", tmp_path / "out")
+    assert refused.startswith("encoder siglip: open_clip's tower is a Vision Transformer with a class token")
+    folder = f"local-dir:{tmp_path / 'out' / 'openvision'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(folder)
+    eye = eye_of(run, schema.load(run / "config.yaml"), "pretrain_encoder.openvision")
+    texts = ["A LARGE red circle", "two  blue squares. " * 9, "zebra"]
+    picture, file = Image.effect_noise((90, 70), 60).convert("RGB"), tmp_path / "noise.png"
+    picture.save(file)
+    with torch.inference_mode():
+        seen = model.eval().encode_image(preprocess(picture)[None], normalize=True)
+        said = model.encode_text(open_clip.get_tokenizer(folder)(texts), normalize=True)
+    assert max_difference(seen, eye.look([file])[1]) <= 1e-5
+    assert max_difference(said, eye.read(texts)) <= 1e-5
+    assert max_difference(said[:1], said[1:]) > 0.01
+    assert not (tmp_path / "out" / "siglip").exists()
+
+
+def test_what_open_clip_cannot_express_is_refused_in_one_line(tmp_path: Path) -> None:
+    for number, (overrides, words) in enumerate(
+        [
+            (["encoder=[clip]"], "encoder clip: open_clip has exact GELU alone .* QuickGELU is used"),
+            (["encoder=[dinov2]"], "encoder dinov2 was trained without a text tower"),
+            (["encoder=[vit]"], r"encoder vit: open_clip's tower has no place for patch_embed\.proj\.bias"),
+            (["encoder=[convnext]"], "encoder convnext: only timm's Vision Transformers have a name"),
+            (["bootstrap=[]"], "pretrained no encoder by itself, so it has no text tower"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        with pytest.raises(ValueError, match=words) as error:
+            export.export(pretrained_run(folder, *overrides), "open_clip", folder / "out")
+        assert "\n" not in str(error.value)
+        assert not (folder / "out").exists()
 
 
 def test_crop_is_expressible(chat: Chat, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vlm_lab.batch import IGNORE
 from vlm_lab.data.sample import Source
@@ -50,6 +50,15 @@ class Wordpiece:
     def save_pretrained(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / "tokenizer.json"))
+
+    def save_for_transformers(self, folder: Path) -> None:
+        """As `AutoTokenizer` loads it. The layout of `text` is open_clip's `tokenizer_mode: clips`."""
+        names = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+        specials = {name: self.tokenizer.id_to_token(number) for name, number in names.items()}
+        theirs = PreTrainedTokenizerFast(
+            tokenizer_object=self.tokenizer, unk_token="[UNK]", cls_token="[CLS]", **specials
+        )
+        theirs.save_pretrained(folder)
 
 
 def load_wordpiece(path: str) -> Wordpiece:

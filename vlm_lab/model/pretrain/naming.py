@@ -1,6 +1,6 @@
 """Pretrained towers under other libraries' names, and back: timm's for the encoder, open_clip's for both towers.
 
-    write_open_clip(model, folder)          then  open_clip.create_model("local-dir:folder")
+    write_open_clip(model, folder)          then  open_clip.create_model("local-dir:folder"); python -m vlm_lab.export
     save_file(to_timm(model), path)         then  timm.create_model(..., num_classes=out_dim, global_pool="avg"), or
                                             encoder.<name>.weights=path here
     model.load_state_dict(from_open_clip(state, model), strict=False)
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vlm_lab.model.pretrain.dual import DualEncoder
@@ -28,7 +29,7 @@ BLOCK = {  # timm's names to those of OpenAI's CLIP, inside a block
     "mlp.fc2": "mlp.c_proj",
 }
 VISION = {
-    "patch_embed.proj": "conv1",
+    "patch_embed.proj.weight": "conv1.weight",  # which has no bias
     "cls_token": "class_embedding",
     "pos_embed": "positional_embedding",
     "norm_pre": "ln_pre",
@@ -55,8 +56,8 @@ def to_open_clip(model: DualEncoder) -> dict[str, Tensor]:
     state = {
         theirs: as_theirs(theirs, value) for theirs, value in zip(names.values(), values(model, names), strict=True)
     }
-    if "visual.positional_embedding" not in state:  # computed here, stored there; the class token has none
-        table = vit(model).pos_embed[0]
+    table = vit(model).pos_embed[0]
+    if len(table) == vit(model).patch_embed.num_patches:  # none for the class token; OpenVision's are computed
         state["visual.positional_embedding"] = torch.cat([torch.zeros_like(table[:1]), table])
     return {name: value.detach().contiguous().clone() for name, value in state.items()}
 
@@ -74,36 +75,52 @@ def from_open_clip(state: dict[str, Tensor], model: DualEncoder) -> dict[str, Te
 
 
 def open_clip_names(model: DualEncoder) -> dict[str, str]:
-    """{our name: open_clip's} of every weight that open_clip has a place for."""
-    if model.towers.text is None or vit(model).cls_token is None or vit(model).patch_embed.proj.bias is not None:
-        raise ValueError(
-            "open_clip's names are for contrastive towers and encoders like CLIP's: with a class token, "
-            "without a bias in the patch embedding"
-        )
+    """{our name: open_clip's} of every weight but the caption decoder's. ValueError if open_clip cannot hold one."""
+    check_towers(model)
     image, out = f"encoder.{model.name}.model.", {}
     for name in model.state_dict():
         if name.startswith(image):
-            out[name] = f"visual.{renamed(name.removeprefix(image), 'blocks.', VISION)}"
+            found = renamed(name.removeprefix(image), "blocks.", VISION)
+            if found is None:
+                raise ValueError(f"encoder {model.name}: open_clip's tower has no place for {name.removeprefix(image)}")
+            out[name] = f"visual.{found}"
         elif name.startswith("towers.text."):
             out[name] = f"text.{renamed(name.removeprefix('towers.text.'), 'transformer.blocks.', TEXT)}"
         elif not name.startswith("towers.decoder."):
-            out[name] = swapped(name, OTHERS)
+            out[name] = swapped(name, OTHERS) or name
     return out
 
 
-def renamed(name: str, blocks: str, table: dict[str, str]) -> str:
+def check_towers(model: DualEncoder) -> None:
+    """ValueError if the towers are not those of open_clip's `CustomTextCLIP`."""
+    if getattr(model.towers, "text", None) is None:
+        raise ValueError(f"encoder {model.name} was trained without a text tower: open_clip has no model of it alone")
+    image = vit(model)
+    if not isinstance(image, VisionTransformer) or image.cls_token is None:
+        raise ValueError(
+            f"encoder {model.name}: open_clip's tower is a Vision Transformer with a class token, as CLIP's; "
+            f"{type(image).__name__} here is none"
+        )
+    first: Any = image.blocks[0]
+    if type(first.mlp.act) is not nn.GELU:
+        act = type(first.mlp.act).__name__
+        raise ValueError(f"encoder {model.name}: open_clip has exact GELU alone beside this text tower, {act} is used")
+
+
+def renamed(name: str, blocks: str, table: dict[str, str]) -> str | None:
     if not name.startswith(blocks):
         return swapped(name, table)
     number, _, inside = name.removeprefix(blocks).partition(".")
-    return f"transformer.resblocks.{number}.{swapped(inside, BLOCK)}"
+    found = swapped(inside, BLOCK)
+    return found and f"transformer.resblocks.{number}.{found}"
 
 
-def swapped(name: str, table: dict[str, str]) -> str:
-    """`name` with the prefix that is in `table` replaced."""
+def swapped(name: str, table: dict[str, str]) -> str | None:
+    """`name` with the prefix that is in `table` replaced; None if no prefix of it is."""
     for ours, theirs in table.items():
         if name == ours or name.startswith(f"{ours}."):
             return theirs + name.removeprefix(ours)
-    return name
+    return None
 
 
 def values(model: DualEncoder, names: dict[str, str]) -> list[Tensor]:
@@ -120,10 +137,10 @@ def as_theirs(name: str, value: Tensor) -> Tensor:
 
 
 def open_clip_config(model: DualEncoder) -> dict[str, Any]:
-    """What open_clip builds the same two towers from."""
+    """What open_clip builds the same two towers from. ValueError as of `check_towers`."""
+    check_towers(model)
     encoder, image, text = model.encoder[model.name], vit(model), model.towers.text
-    if type(image.blocks[0].mlp.act) is not nn.GELU or text is None:
-        raise ValueError("open_clip's configuration has no other activation than GELU beside this text tower")
+    assert text is not None
     epsilon = {"norm_kwargs": {"eps": 1e-6}}
     vision = {
         "image_size": encoder.image_size,
@@ -140,6 +157,8 @@ def open_clip_config(model: DualEncoder) -> dict[str, Any]:
         "no_causal_mask": True,
         "pool_type": "last",
         "act_kwargs": {"approximate": "tanh"},
+        "hf_tokenizer_name": ".",  # the folder's own, laid out as OpenVision's texts
+        "tokenizer_mode": "clips",
         **shape(text.transformer.blocks),
         **epsilon,
     }
@@ -157,12 +176,16 @@ def shape(blocks: Any) -> dict[str, Any]:
 
 
 def write_open_clip(model: DualEncoder, folder: Path) -> None:
-    """A folder that `open_clip.create_model("local-dir:folder")` loads."""
+    """A folder that `open_clip.create_model("local-dir:folder")` loads.
+
+    Its tokenizer is `Wordpiece.save_for_transformers`. ValueError, before anything is written, if it has none such.
+    """
     encoder: Any = model.encoder[model.name]
+    state, preprocess = to_open_clip(model), {"mean": encoder.mean, "std": encoder.std, "resize_mode": "squash"}
+    config = {"model_cfg": open_clip_config(model), "preprocess_cfg": preprocess}
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": open_clip_config(model), "preprocess_cfg": {"mean": encoder.mean, "std": encoder.std}}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1))
-    save_file(to_open_clip(model), folder / "open_clip_model.safetensors")
+    save_file(state, folder / "open_clip_model.safetensors")
 
 
 def to_timm(model: DualEncoder) -> dict[str, Tensor]:
