@@ -5,7 +5,8 @@ run before the first starts. What happens then is in vlm_lab/sweep.py. Launchers
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from vlm_lab import schema
@@ -71,7 +72,8 @@ class AblationSweeper(BasicSweeper):
         """Start the runs and wait; what each raised, if anything. How it ended is in its folder."""
         here = str(Path(__file__).parent.parent)  # where workers unpickle this class from
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-        returns = self.launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
+        with lost_jobs_reported():
+            returns = self.launcher.launch([job.overrides for job in jobs], initial_job_idx=0)
         return [raised(value) for value in returns]
 
     def refuse_grid(self, arguments: list[str]) -> None:
@@ -79,6 +81,29 @@ class AblationSweeper(BasicSweeper):
         for override in parser.parse_overrides(arguments):
             if override.is_sweep_override():
                 raise ValueError(f"{override.input_line}: the sweep's arms say what varies; give one value here")
+
+
+@contextmanager
+def lost_jobs_reported() -> Iterator[None]:
+    """submitit's launcher leaves at the first job that a queue lost, though others run on: here that is its result."""
+    try:
+        from submitit import Job
+    except ImportError:  # an extra: no job of it will be lost
+        yield
+        return
+    ask = Job.results
+
+    def results(job: Any) -> Any:
+        try:
+            return ask(job)
+        except Exception as error:
+            return [JobReturn(_return_value=error, status=JobStatus.FAILED)]
+
+    Job.results = results
+    try:
+        yield
+    finally:
+        Job.results = ask
 
 
 def raised(value: JobReturn) -> str | None:

@@ -9,7 +9,9 @@ import pytest
 from helpers import composed
 
 from vlm_lab import build, report, schema
+from vlm_lab.ablation import Claim
 from vlm_lab.dashboard import as_json, workspace
+from vlm_lab.reporting import tables
 from vlm_lab.reporting.analysis import analyse
 from vlm_lab.reporting.page import page
 from vlm_lab.reporting.study import load
@@ -117,6 +119,23 @@ def test_scores_differences_and_vision_gain(written: dict) -> None:
     blind = written["results"]["resampler"]["all"]["none"]["gain"]
     assert blind["low"] < 0 < blind["high"]
     assert 0 < written["detectable"]["all"] < 20
+
+
+def test_a_claim_about_the_length_of_answers(folder: Path) -> None:
+    """Three words more in every answer of one arm, whatever is right: `>` holds, `=` within one word does not."""
+    study = load(folder)
+    for record in [record for run in study.of("sva") for record in run.records["real"]]:
+        record["prediction"] += " as you see"
+    orders = [{"order": "sva > concat"}, {"order": "sva = concat", "margin": 1.0}]
+    study.ablation.claims = [Claim(**order, measure="words") for order in orders]  # type: ignore[arg-type]
+    told = analyse(study)
+    assert [claim["verdict"] for claim in told["claims"]] == ["direction only", "contradicted"]
+    assert told["claims"][0]["links"][0]["difference"]["mean"] == pytest.approx(3, abs=0.2)
+    assert " words [" in told["claims"][0]["reason"]
+    assert told["results"]["sva"]["all"]["words"] == pytest.approx(4, abs=0.2)
+    assert told["results"]["concat"]["all"]["words"] == pytest.approx(1, abs=0.2)
+    assert tables.claims(told)[1][1] == "words in all"
+    assert tables.results(told)[0][-2:] == ["words per answer", "seeds"]
 
 
 def test_cost_configuration_and_what_is_missing(written: dict) -> None:

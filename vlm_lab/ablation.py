@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -35,13 +36,14 @@ def links(order: str) -> list[Link]:
 
 
 class Claim(BaseModel):
-    """An ordering of arms in the accuracy of one of our groups (`all`: the mean over groups)."""
+    """An ordering of arms in the accuracy, or words per answer, of one of our groups (`all`: the mean over groups)."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     order: str  # `a > b > c`, or `a = b` with a margin
     group: str = "all"
+    measure: Literal["points", "words"] = "points"
     published: str | None = None  # the column of `Ablation.published` that it rests on; null: no size in points
-    margin: float | None = Field(None, gt=0)  # points; how much `=` allows
+    margin: float | None = Field(None, gt=0)  # how much `=` allows, in the measure
 
     @property
     def links(self) -> list[Link]:
@@ -51,7 +53,7 @@ class Claim(BaseModel):
     def readable(self) -> Claim:
         equal = any(link.relation == "=" for link in self.links)
         if equal != (self.margin is not None):
-            raise ValueError(f"{self.order}: `=` needs a margin in points, `>` takes none")
+            raise ValueError(f"{self.order}: `=` needs a margin in {self.measure}, `>` takes none")
         return self
 
 

@@ -64,7 +64,8 @@ def load_run(run: Path, config: Config) -> tuple[VLM, Processor]:
 def flat(scores: dict[str, Any]) -> dict[str, float]:
     """{`eval/<task>/<group>`: accuracy}, with `.none` / `.shuffled` behind the task for other ways of showing images.
 
-    `eval/avg` is the mean over tasks with the real image.
+    `eval/<task>.words` is the mean length of the answers to its open questions, with the real image. `eval/avg` is
+    the mean over tasks with the real image.
     """
     names = {"real": "", "none": ".none", "shuffled": ".shuffled"}
     out = {
@@ -73,6 +74,8 @@ def flat(scores: dict[str, Any]) -> dict[str, float]:
         for mode, table in modes.items()
         for group, row in table.items()
     }
+    lengths = {task: modes["real"]["all"]["words"] for task, modes in scores.items() if modes.get("real")}
+    out |= {f"eval/{task}.words": length for task, length in lengths.items() if length is not None}
     averages = [out[f"eval/{task}/all"] for task in scores if f"eval/{task}/all" in out]
     return {**out, "eval/avg": mean(averages) if averages else float("nan")}
 

@@ -103,10 +103,26 @@ def child(module: str, *args: str | Path, log: Path | None = None) -> None:
     with nullcontext() if log is None else log.open("a") as out:
         error = None if log is None else subprocess.STDOUT
         env = {**os.environ, "PYTHONPATH": path, "VLM_LAB_PARENT": str(os.getpid())}
-        with subprocess.Popen(command, env=env, stdout=out, stderr=error) as process, sigterm_to(process) as told:
-            code = process.wait()
+        settings: dict[str, Any] = {"env": env, "stdout": out, "stderr": error, "preexec_fn": deaf}
+        with subprocess.Popen(command, **settings) as process, sigterm_to(process) as told:
+            code = waited_for(process)
     if code or told:
         raise subprocess.CalledProcessError(STOPPED if told else code, command)
+
+
+def deaf() -> None:
+    """A queue's warning (Slurm's SIGUSR2, before the time is over) is for the parent: it would kill a child."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def waited_for(process: subprocess.Popen) -> int:
+    """The exit code. If this process is told to exit meanwhile (submitit does, having put the job back into the queue),
+    the child saves a checkpoint first, as on SIGTERM."""
+    try:
+        return process.wait()
+    except SystemExit:
+        process.terminate()
+        raise
 
 
 @contextmanager

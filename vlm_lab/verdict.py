@@ -27,9 +27,9 @@ class Verdict:
     reason: str
 
 
-def judge(difference: Estimate, adjusted_p: float, published: float | None) -> Verdict:
-    """The verdict of `left > right`, given left - right in points, its p after correction, and the published one."""
-    size = f"{show(difference)}, p = {adjusted_p:.2g} after correction"
+def judge(difference: Estimate, adjusted_p: float, published: float | None, unit: str = "points") -> Verdict:
+    """The verdict of `left > right`, given left - right in `unit`, its p after correction, and the published one."""
+    size = f"{show(difference, unit)}, p = {adjusted_p:.2g} after correction"
     size += "" if published is None else f"; published {published:+.2f}"
     if difference.seeds < 2:
         return Verdict("underpowered", f"one seed, so chance between runs is unknown: {size}")
@@ -37,7 +37,7 @@ def judge(difference: Estimate, adjusted_p: float, published: float | None) -> V
         return Verdict("contradicted", f"significant the other way round: {size}")
     if adjusted_p < ALPHA:
         return significant(difference, published, size)
-    needs = f"{difference.spread.detectable():.1f} points would be found with 80 % power"
+    needs = f"{difference.spread.detectable():.1f} {unit} would be found with 80 % power"
     if published is not None and published > 0 and difference.interval()[1] < published:
         return Verdict("contradicted", f"no significant difference, and one of the published size is excluded: {size}")
     return Verdict("underpowered", f"no significant difference: {size}; {needs}")
@@ -45,7 +45,7 @@ def judge(difference: Estimate, adjusted_p: float, published: float | None) -> V
 
 def significant(difference: Estimate, published: float | None, size: str) -> Verdict:
     if published is None or published <= 0:
-        return Verdict("direction only", f"no size in points was published to compare with: {size}")
+        return Verdict("direction only", f"no size was published to compare with: {size}")
     low, high = difference.interval()
     if high < published / FACTOR or low > published * FACTOR:
         word = "smaller" if difference.mean < published else "larger"
@@ -53,10 +53,10 @@ def significant(difference: Estimate, published: float | None, size: str) -> Ver
     return Verdict("reproduced", f"significant and of the published size: {size}")
 
 
-def judge_equal(difference: Estimate, margin: float) -> Verdict:
-    """The verdict of `left = right`: two one-sided tests, that is, the 90 % interval against +- `margin` points."""
+def judge_equal(difference: Estimate, margin: float, unit: str = "points") -> Verdict:
+    """The verdict of `left = right`: two one-sided tests, that is, the 90 % interval against +- `margin`."""
     (low, high), narrow = difference.interval(), difference.interval(alpha=2 * ALPHA)
-    size = f"{show(difference)}, margin {margin:g}"
+    size = f"{show(difference, unit)}, margin {margin:g}"
     if difference.seeds < 2:
         return Verdict("underpowered", f"one seed, so chance between runs is unknown: {size}")
     if max(map(abs, narrow)) <= margin:
@@ -71,6 +71,6 @@ def worst(verdicts: Sequence[Verdict]) -> Verdict:
     return max(verdicts, key=lambda verdict: VERDICTS.index(verdict.verdict))
 
 
-def show(value: Estimate) -> str:
+def show(value: Estimate, unit: str = "points") -> str:
     low, high = value.interval()
-    return f"{value.mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    return f"{value.mean:+.1f} {unit} [{low:+.1f}, {high:+.1f}]"

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -19,7 +20,7 @@ from vlm_lab.data.scenes import SceneCaptions, SceneQuestions
 from vlm_lab.data.scenes.cache import ImageCache
 from vlm_lab.data.scenes.compose import compose
 from vlm_lab.data.scenes.draw import load_font, render
-from vlm_lab.data.scenes.questions import GROUPS, ask
+from vlm_lab.data.scenes.questions import GROUPS, WORDINGS, ask
 from vlm_lab.data.scenes.sheet import sheet
 from vlm_lab.data.scenes.vocabulary import BAR_LABELS, WORDS
 from vlm_lab.data.scenes.world import FONTS, em_width, stream
@@ -201,17 +202,46 @@ def test_fingerprints_follow_the_records_and_not_the_cache() -> None:
         SceneQuestions("train", 10, seed=1),
         SceneQuestions("train", 10, turns=1),
         SceneQuestions("train", 10, groups=["general"]),
+        SceneQuestions("train", 10, style="prompted"),
+        SceneQuestions("train", 10, style="sentence"),
         SceneCaptions("train", 10),
         SceneCaptions("train", 10, kind="alt"),
     ]
     assert {source.fingerprint() for source in same} == {base.fingerprint()}
-    assert len({source.fingerprint() for source in [base, *other]}) == 8
+    assert len({source.fingerprint() for source in [base, *other]}) == 10
 
 
-@pytest.mark.parametrize("wrong", [{"split": "test"}, {"groups": ["colour"]}, {"groups": []}, {"turns": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"split": "test"}, {"groups": ["colour"]}, {"groups": []}, {"turns": 0}, {"style": "long"}]
+)
 def test_wrong_arguments_are_told(wrong: dict) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         SceneQuestions(**{"split": "train", "size": 4} | wrong)
+
+
+def test_styles_ask_the_same_with_and_without_a_prompt_and_answer_in_a_word_or_a_sentence() -> None:
+    plain, prompted, told = (SceneQuestions("train", 200, style=style) for style in ("plain", "prompted", "sentence"))
+    seen: dict[str, tuple[str, str]] = {}
+    for index in range(200):
+        asked = ask(compose(0, "train", index), GROUPS, 6, stream(0, "train", index, "question"))
+        rows = [texts(source[index]) for source in (plain, prompted, told)]
+        for turn, question in enumerate(asked):
+            (q0, a0), (q1, a1), (q2, a2) = (row[2 * turn : 2 * turn + 2] for row in rows)
+            assert (q0, a0) == (question.prompt, question.answer) and a1 == a0
+            assert q1 == (q0 if question.choices else f"{q0}\nAnswer with a single word or number.")
+            assert q2 == q0.partition("\n")[0]
+            assert question.fact.answer in a2 and a2.endswith(".") and len(a2.split()) >= 4
+            seen.setdefault(question.template, (q2, a2))
+    assert seen.keys() == WORDINGS.keys()
+    assert all(not set("{}") & set(answer) for _, answer in seen.values())
+    closest = re.fullmatch(r"The (\w+ )?\w+ is closer to the (\w+ )?\w+\.", seen["closer"][1])
+    assert closest is not None and seen["closer"][1][4:].split(" is ")[0] in seen["closer"][0]
+
+
+def test_sentences_are_a_group_of_their_own() -> None:
+    sample = SceneQuestions("val", 8, turns=1, style="sentence")[0]
+    assert sample.group == "conversation"
+    assert sample.meta.keys() == {"template", "chance"}
 
 
 def test_golden_texts() -> None:

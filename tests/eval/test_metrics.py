@@ -3,6 +3,7 @@
 import pytest
 
 from vlm_lab.eval.metrics import correct, letter, normalise, score
+from vlm_lab.evaluate import flat
 
 
 @pytest.mark.parametrize(
@@ -48,10 +49,20 @@ def test_choices_are_scored_by_letter_and_open_answers_by_text() -> None:
 def test_scores_average_over_groups_not_over_questions() -> None:
     records = [record("a", "x", "x"), record("a", "y", "x"), record("a", "x", "x"), record("b", "no", "yes")]
     table = score(records)
-    assert table["a"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "majority": 1.0}
-    assert table["b"] == {"accuracy": 0.0, "n": 1, "majority": 1.0}
-    assert table["all"] == {"accuracy": pytest.approx(1 / 3), "majority": 1.0, "n": 4}
+    assert table["a"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "majority": 1.0, "words": 1.0}
+    assert table["b"] == {"accuracy": 0.0, "n": 1, "majority": 1.0, "words": 1.0}
+    assert table["all"] == {"accuracy": pytest.approx(1 / 3), "majority": 1.0, "n": 4, "words": 1.0}
     assert score(records) == table  # scoring twice gives the same
+
+
+def test_words_are_those_of_open_answers() -> None:
+    """Two and four words, an option's that do not count, and a group of options alone."""
+    open_ones = [record("a", "it is", "x"), record("a", "  The star is red. ", "x"), record("b", "", "x")]
+    table = score([*open_ones, record("a", "A. a red star", "A", ["red", "blue"]), record("c", "A", "A", ["x", "y"])])
+    assert [table[group]["words"] for group in ("a", "b", "c", "all")] == [3.0, 0.0, None, 1.5]
+    metrics = flat({"scenes": {"real": table, "none": table}})
+    assert metrics["eval/scenes.words"] == 1.5
+    assert "eval/scenes.none.words" not in metrics
 
 
 def test_nothing_to_score() -> None:

@@ -53,6 +53,7 @@ class CaptionProcessor:
         keep: share of the patches that enter the encoder (CLIPA); read: share of those that the decoder reads
             (OpenVision 2: 0.35).
         crop, jitter: see data/augment.py; OpenVision: 0.4 and 0.4.
+        texts: both captions, or the raw one in the place of the synthetic one too (OpenVision's "original captions").
     """
 
     def __init__(
@@ -67,12 +68,15 @@ class CaptionProcessor:
         read: float = 1.0,
         crop: float = 1.0,
         jitter: float = 0.0,
+        texts: Literal["both", "raw"] = "both",
     ) -> None:
+        if texts not in ("both", "raw"):
+            raise ValueError(f"texts = {texts}: it is both or raw")
         for name, share in (("keep", keep), ("read", read), ("crop", crop)):
             if not 0 < share <= 1:
                 raise ValueError(f"{name} = {share} is a share: more than 0, at most 1")
         self.words, self.side, self.length, self.queries, self.shorten = words, side, length, queries, shorten
-        self.crop, self.jitter = crop, jitter
+        self.crop, self.jitter, self.texts = crop, jitter, texts
         self.patches, self.kept = patches, max(1, round(keep * patches))
         self.read = max(1, round(read * self.kept))
 
@@ -81,6 +85,8 @@ class CaptionProcessor:
         if not sample.images or isinstance(sample.images[0], Video):
             raise BadRecord(sample.where, sample.id, "has no image")
         raw, sentence, full = captions(sample, rng)
+        if self.texts == "raw":
+            sentence = full = raw
         image = load_image(sample.images[0], sample.where, sample.id)
         pixels = np.asarray(augment(image, self.side, self.crop, self.jitter, rng))
         targets = self.words.target(self.words.words(full), self.queries)

@@ -35,23 +35,36 @@ def correct(record: Record) -> bool:
     return normalise(record["prediction"]) == normalise(record["target"])
 
 
-def score(records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """{group: {accuracy, n, majority}} and `all`, whose accuracy is the mean over groups (as Cambrian-1 averages).
+def words(record: Record) -> int:
+    """The length of an answer."""
+    return len(record["prediction"].split())
 
-    `majority` is the accuracy of always giving the group's most frequent answer.
+
+def score(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """{group: {accuracy, n, majority, words}} and `all`, the mean over groups (as Cambrian-1 averages).
+
+    `majority` is the accuracy of always giving the group's most frequent answer, `words` the mean length of the answers
+    to questions without options (None if there is none such).
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         groups[record["group"]].append(record)
     table = {name: score_group(group) for name, group in sorted(groups.items())}
-    whole = {key: mean(row[key] for row in table.values()) for key in ("accuracy", "majority")} if table else {}
+    whole = {key: average([row[key] for row in table.values()]) for key in ("accuracy", "majority", "words")}
     return {**table, "all": {**whole, "n": len(records)}} if table else {}
 
 
-def score_group(records: Sequence[Record]) -> dict[str, float]:
+def average(values: Sequence[float | None]) -> float | None:
+    """Of those that are there."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def score_group(records: Sequence[Record]) -> dict[str, Any]:
     most_frequent = Counter(normalise(record["target"]) for record in records).most_common(1)[0][1]
     return {
         "accuracy": mean(map(correct, records)),
         "n": len(records),
         "majority": most_frequent / len(records),
+        "words": average([float(words(record)) for record in records if not record.get("choices")]),
     }

@@ -61,6 +61,7 @@ def results(study: Study, arm: str) -> Node:
             "mean": float(scores["real"].mean()),
             "low": None,
             "high": None,
+            "words": float(study.design.scores(study.points(arm, measure="words"), weights).mean()),
         }
         if len(scores["real"]) > 1:
             out[column]["low"], out[column]["high"] = over_seeds(scores["real"]).interval()
@@ -70,10 +71,11 @@ def results(study: Study, arm: str) -> Node:
     return out
 
 
-def difference(study: Study, a: str, b: str, column: str) -> Estimate:
+def difference(study: Study, a: str, b: str, column: str, measure: str = "points") -> Estimate:
     """a - b, over the seeds that both have."""
     seeds = study.common_seeds(a, b)
-    return compare(study.points(a, seeds=seeds), study.points(b, seeds=seeds), study.design, study.weights(column))
+    left, right = (study.points(arm, seeds=seeds, measure=measure) for arm in (a, b))
+    return compare(left, right, study.design, study.weights(column))
 
 
 def against_baseline(study: Study) -> Node:
@@ -108,7 +110,7 @@ def claims(study: Study) -> list[Node]:
 def estimate_of(study: Study, claim: Claim, link: Link) -> Estimate | None:
     if claim.group not in study.columns or not same_questions(study) or not study.common_seeds(link.left, link.right):
         return None
-    return difference(study, link.left, link.right, claim.group)
+    return difference(study, link.left, link.right, claim.group, claim.measure)
 
 
 def judge_link(study: Study, claim: Claim, link: Link, e: Estimate | None, p: float | None) -> Node:
@@ -117,11 +119,11 @@ def judge_link(study: Study, claim: Claim, link: Link, e: Estimate | None, p: fl
     if e is None:
         verdict = Verdict("not comparable", obstacle(study, claim, link))
     elif claim.margin is not None and link.relation == "=":
-        verdict = judge_equal(e, claim.margin)
-    elif not above_majority(study, claim, link):
+        verdict = judge_equal(e, claim.margin, claim.measure)
+    elif claim.measure == "points" and not above_majority(study, claim, link):
         verdict = Verdict("not comparable", "neither arm is above the score of always giving the most frequent answer")
     else:
-        verdict = judge(e, p if p is not None else e.p, published)
+        verdict = judge(e, p if p is not None else e.p, published, claim.measure)
     return {**node, "verdict": verdict.verdict, "reason": verdict.reason}
 
 

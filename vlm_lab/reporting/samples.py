@@ -19,7 +19,7 @@ Node = dict[str, Any]
 def samples(study: Study) -> list[Node]:
     """{question, target, image (PNG as base64, or None), answers: {arm: (text, right)}} of `COUNT` questions."""
     first = {arm: study.of(arm)[0] for arm in study.arms}
-    points = np.stack([run.points("real")[:SEARCHED] for run in first.values()])
+    points = np.stack([run.measured("real")[:SEARCHED] for run in first.values()])
     chosen = sorted(np.argsort(-points.std(0), kind="stable")[:COUNT].tolist())
     pictures = thumbnails(study.runs[0], chosen)
     return [describe(first, index, pictures.get(index), points[:, index]) for index in chosen]

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from vlm_lab.ablation import Ablation
-from vlm_lab.eval.metrics import Record, correct, normalise
+from vlm_lab.eval.metrics import Record, correct, normalise, words
 from vlm_lab.launch import RESULT
 from vlm_lab.stats import Array, Design
 
@@ -37,7 +37,10 @@ class Run:
     def questions(self) -> list[tuple[str, str, str]]:
         return [(record["task"], record["id"], record["target"]) for record in self.records["real"]]
 
-    def points(self, mode: str) -> Array:
+    def measured(self, mode: str, measure: str = "points") -> Array:
+        """[questions]: 0 or 100 points, or the words of the answer."""
+        if measure == "words":
+            return np.array([float(words(record)) for record in self.records[mode]])
         return np.array([100.0 * correct(record) for record in self.records[mode]])
 
     def curve(self) -> list[dict[str, Any]]:
@@ -96,10 +99,10 @@ class Study:
         each = [chosen[i] / (len(tasks) * tasks[task]) if chosen[i] else 0.0 for i, (task, _) in enumerate(self.cells)]
         return np.array(each)
 
-    def points(self, arm: str, mode: str = "real", seeds: list[int] | None = None) -> Array:
-        """[seeds, questions], seeds in ascending order."""
+    def points(self, arm: str, mode: str = "real", seeds: list[int] | None = None, measure: str = "points") -> Array:
+        """[seeds, questions], seeds in ascending order; of another `measure`, where one is given."""
         runs = sorted(self.of(arm), key=lambda run: run.seed)
-        return np.stack([run.points(mode) for run in runs if seeds is None or run.seed in seeds])
+        return np.stack([run.measured(mode, measure) for run in runs if seeds is None or run.seed in seeds])
 
     def common_seeds(self, a: str, b: str) -> list[int]:
         return sorted({run.seed for run in self.of(a)} & {run.seed for run in self.of(b)})

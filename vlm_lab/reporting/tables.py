@@ -19,6 +19,7 @@ def results(report: Node) -> Rows:
         *report["columns"],
         *(names[mode] for mode in modes),
         *(["vision gain"] if modes else []),
+        "words per answer",
         "seeds",
     ]
     rows = [heading]
@@ -26,7 +27,7 @@ def results(report: Node) -> Rows:
         blind = [f"{row[ALL][mode]['mean']:.1f}" for mode in modes]
         gain = [interval(row[ALL][modes[0]]["gain"], "+")] if modes else []
         scores = [interval(row[column]) for column in report["columns"]]
-        rows.append([arm, *scores, *blind, *gain, str(len(row[ALL]["seeds"]))])
+        rows.append([arm, *scores, *blind, *gain, f"{row[ALL]['words']:.1f}", str(len(row[ALL]["seeds"]))])
     return rows
 
 
@@ -55,7 +56,12 @@ def published(report: Node) -> Rows:
 
 def claims(report: Node) -> Rows:
     rows = [["claim", "on", "verdict", "reason"]]
-    return rows + [[claim["order"], claim["group"], claim["verdict"], claim["reason"]] for claim in report["claims"]]
+    return rows + [[claim["order"], asked_on(claim), claim["verdict"], claim["reason"]] for claim in report["claims"]]
+
+
+def asked_on(claim: Node) -> str:
+    """The group, and what was measured on it if not accuracy."""
+    return claim["group"] if claim["measure"] == "points" else f"{claim['measure']} in {claim['group']}"
 
 
 def cost(report: Node) -> Rows:

@@ -69,7 +69,10 @@ INSTRUCTION = "Answer with the option's letter."
 
 @dataclass(frozen=True)
 class Question:
-    """`choices` is empty for an open question. `chance` is what guessing from the question alone scores."""
+    """`choices` is empty for an open question. `chance` is what guessing from the question alone scores.
+
+    `answer` is an option's letter if there are options, and that of `fact` otherwise.
+    """
 
     group: str
     template: str
@@ -77,6 +80,7 @@ class Question:
     answer: str
     choices: tuple[str, ...]
     chance: float
+    fact: Fact
 
 
 def bears(kind: str, groups: Sequence[str]) -> bool:
@@ -117,9 +121,9 @@ def word(group: str, fact: Fact, wordings: Sequence[str], rng: Generator) -> Que
     """A fact as a question in one of the wordings, open or with options."""
     prompt = pick(rng, wordings).format(**fact.slots)
     if fact.template in OPEN_ONLY or rng.random() >= OPTION_SHARE:
-        return Question(group, fact.template, prompt, fact.answer, (), 1 / len(fact.pool))
+        return Question(group, fact.template, prompt, fact.answer, (), 1 / len(fact.pool), fact)
     others = [answer for answer in fact.pool if answer != fact.answer]
     choices = tuple(shuffled(rng, [fact.answer, *shuffled(rng, others)[: len(LETTERS) - 1]]))
     options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
     prompt = "\n".join([prompt, *options, INSTRUCTION])
-    return Question(group, fact.template, prompt, LETTERS[choices.index(fact.answer)], choices, 1 / len(choices))
+    return Question(group, fact.template, prompt, LETTERS[choices.index(fact.answer)], choices, 1 / len(choices), fact)

@@ -16,6 +16,7 @@ from vlm_lab.data.sample import ImageSlot, Message, Sample
 from vlm_lab.data.scenes.cache import ImageCache, SceneImage
 from vlm_lab.data.scenes.captions import CAPTIONS
 from vlm_lab.data.scenes.compose import compose, pick
+from vlm_lab.data.scenes.formats import STYLES, styled
 from vlm_lab.data.scenes.questions import GROUPS, Question, ask, bears
 from vlm_lab.data.scenes.world import KINDS, SPLITS, WORLD_VERSION, block_kinds, stream
 
@@ -56,9 +57,9 @@ class SceneQuestions:
     """One picture with up to `turns` questions on it per record; with `turns=1` one question, the groups in turn.
 
     `groups` is a subset of `questions.GROUPS` (None: all). `image=False` leaves the picture out: text-only records,
-    which make sense for `groups=[knowledge]`. With one turn, `Sample.group` is the question's group and `meta` has
-    `template`, `chance` (what a blind guess scores) and, if options are offered, `choices`.
-    Raises ValueError on an unknown split or group.
+    which make sense for `groups=[knowledge]`. `style` is how an answer is asked for and given (`formats.py`). With one
+    turn, `Sample.group` is the question's group and `meta` has `template`, `chance` (what a blind guess scores)
+    and, if options are offered, `choices`. Raises ValueError on an unknown split, group or style.
     """
 
     def __init__(
@@ -70,15 +71,18 @@ class SceneQuestions:
         *,
         turns: int = 6,
         image: bool = True,
+        style: str = "plain",
         cache: str | None = None,
     ) -> None:
         require("split", split, SPLITS)
+        require("style", style, STYLES)
         self.groups = GROUPS if groups is None else tuple(groups)
         for group in self.groups:
             require("groups", group, GROUPS)
         if turns < 1 or not self.groups:
             raise ValueError(f"turns={turns}, groups={groups}: need at least one turn and one group")
         self.split, self.size, self.seed, self.turns, self.image = split, size, seed, turns, image
+        self.style = style
         self._cache = None if cache is None else ImageCache(cache, seed, split, max(size, self._scenes_needed()))
 
     def __len__(self) -> int:
@@ -91,12 +95,19 @@ class SceneQuestions:
         scene = compose(self.seed, self.split, place)
         asked = ask(scene, groups, self.turns, stream(self.seed, self.split, index, "question"))
         images = (SceneImage(scene.size, self.seed, self.split, place, self._cache),) if self.image else ()
-        messages = _conversation([(question.prompt, question.answer) for question in asked], self.image)
-        group, meta = (asked[0].group, meta_of(asked[0])) if self.turns == 1 else ("mixed", {})
+        messages = _conversation([styled(question, self.style) for question in asked], self.image)
+        group, meta = self._labels(asked[0]) if self.turns == 1 else ("mixed", {})
         return Sample(f"{self.split}-{index}", messages, images, "scenes", group, meta)
 
     def fingerprint(self) -> str:
-        return hash_of(self, [self.split, self.size, self.seed, self.groups, self.turns, self.image])
+        style = [] if self.style == "plain" else [self.style]
+        return hash_of(self, [self.split, self.size, self.seed, self.groups, self.turns, self.image, *style])
+
+    def _labels(self, question: Question) -> tuple[str, dict[str, Any]]:
+        """Sentences are a group of their own: they are scored on other grounds than words."""
+        if self.style == "sentence":
+            return "conversation", {"template": question.template, "chance": 0.0}
+        return question.group, meta_of(question)
 
     def _plan(self, index: int) -> tuple[tuple[str, ...], int]:
         """Which groups record `index` asks from, and its rank among the records that ask from the same."""
