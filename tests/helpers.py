@@ -82,5 +82,16 @@ def composed(*overrides: str) -> DictConfig:
         return compose("train", overrides=[*start, *overrides])
 
 
+def small(questions: int = 16) -> list[str]:
+    """Overrides of the default configuration: a model of two narrow layers, little data, batches of four."""
+    return [
+        *("encoder.siglip.width=32", "encoder.siglip.depth=2", "encoder.siglip.image_size=32"),
+        *("llm.shape.hidden_size=32", "llm.shape.intermediate_size=64", "llm.shape.num_hidden_layers=2"),
+        *("data.sources.captions.size=40", "data.sources.questions.size=40", f"data.tasks.scenes.size={questions}"),
+        *("stages.align.batch=4", "stages.align.micro_batch=4"),
+        *("stages.instruct.batch=4", "stages.instruct.micro_batch=2", "eval.max_new_tokens=2"),
+    ]
+
+
 def max_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())

@@ -13,27 +13,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from helpers import composed
+from helpers import composed, small
 
 from vlm_lab import build, launch, schema
 from vlm_lab.store import Store, stage_inputs
 
-SMALL = [
-    "encoder.siglip.width=32",
-    "encoder.siglip.depth=2",
-    "encoder.siglip.image_size=32",
-    "llm.shape.hidden_size=32",
-    "llm.shape.intermediate_size=64",
-    "llm.shape.num_hidden_layers=2",
-    "data.sources.captions.size=40",
-    "data.sources.questions.size=40",
-    "data.tasks.scenes.size=8",
-    "stages.align.batch=4",
-    "stages.instruct.batch=4",
-    "stages.align.micro_batch=4",
-    "stages.instruct.micro_batch=2",
-    "eval.max_new_tokens=2",
-]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["vlm_lab.evaluate", "vlm_lab.callbacks", "peft", "bitsandbytes", "deepspeed", "timm"])
 
@@ -43,7 +27,7 @@ def run_folder(output: Path, cache: Path, *overrides: str) -> Path:
     output.mkdir(exist_ok=True)
     if not (output / "cache").exists():
         (output / "cache").symlink_to(cache)
-    config = schema.check(composed(*SMALL, f"output={output}", *overrides))
+    config = schema.check(composed(*small(questions=8), f"output={output}", *overrides))
     run = launch.run_folder(config)
     launch.prepare(run, config, stage_inputs(config, build.fingerprints(config)))
     return run

@@ -7,31 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, max_difference
+from helpers import ROOT, max_difference, small
 from PIL import Image
 from safetensors.torch import load_file
 
 from vlm_lab import chat
 
-SMALL = [
-    "bootstrap=[]",
-    "encoder.siglip.width=32",
-    "encoder.siglip.depth=2",
-    "encoder.siglip.image_size=32",
-    "llm.shape.hidden_size=32",
-    "llm.shape.intermediate_size=64",
-    "llm.shape.num_hidden_layers=2",
-    "data.sources.captions.size=40",
-    "data.sources.questions.size=40",
-    "data.tasks.scenes.size=16",
-    "stages.align.steps=2",
-    "stages.instruct.steps=3",
-    "stages.align.batch=4",
-    "stages.instruct.batch=4",
-    "stages.align.micro_batch=4",
-    "stages.instruct.micro_batch=2",
-    "eval.max_new_tokens=2",
-]
+SMALL = ["bootstrap=[]", *small(), "stages.align.steps=2", "stages.instruct.steps=3"]
 
 
 def train(output: Path, *overrides: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -131,13 +113,18 @@ def test_chat_answers_from_the_run_folder_alone(
         ask("torn.png", "What colour?")
 
 
-def test_the_same_command_again_reuses_both_stages(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+def test_the_same_command_again_reuses_what_is_whole(finished: subprocess.CompletedProcess[str], output: Path) -> None:
+    """One of the two stages was damaged on the disk: it is trained anew, and the result says so."""
     before = json.loads((only_run(output) / "result.json").read_text())
+    weights = only_run(output) / "stages" / "instruct" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     again = train(output, "logger=wandb", "logger.samples=4")
     after = json.loads((only_run(output) / "result.json").read_text())
-    assert again.stdout.count("reused from") == 2
-    assert all(stage["reused"] for stage in after["stages"].values())
+    assert again.stdout.count("reused from") == 1
+    assert {name: stage["reused"] for name, stage in after["stages"].items()} == {"align": True, "instruct": False}
     assert after["metrics"] == before["metrics"]
+    assert weights.read_bytes() == content
 
 
 def test_evaluate_works_from_the_run_folder_alone(

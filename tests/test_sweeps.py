@@ -1,14 +1,15 @@
 """Sweep files and the sweeper: every arm composes, published means are what they say, failures, skipping, order."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, composed
+from helpers import ROOT, composed, small
 
-from hydra_plugins.ablation_sweeper import combined
+from hydra_plugins.ablation_sweeper import combined, lost_jobs_reported, raised
 from vlm_lab import build, schema, sweep
 from vlm_lab.ablation import Ablation, Link, links
 from vlm_lab.module import VLMTraining
@@ -16,16 +17,7 @@ from vlm_lab.store import Store
 from vlm_lab.sweep import Job, in_order, last_line, source
 
 FILES = sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml"))
-SMALL = [
-    "bootstrap=[]",
-    *("encoder.siglip.width=32", "encoder.siglip.depth=2", "encoder.siglip.image_size=32"),
-    *("llm.shape.hidden_size=32", "llm.shape.intermediate_size=64", "llm.shape.num_hidden_layers=2"),
-    *("data.sources.captions.size=40", "data.sources.questions.size=40", "data.tasks.scenes.size=16"),
-    *("stages.align.steps=2", "stages.instruct.steps=2", "stages.align.batch=4", "stages.instruct.batch=4"),
-    *("stages.align.micro_batch=4", "stages.instruct.micro_batch=4", "eval.max_new_tokens=2"),
-]
-
-
+SMALL = ["bootstrap=[]", *small(), "stages.align.steps=2", "stages.instruct.steps=2"]
 TWO_STEPS = [*(f"data.sources.{name}.size=64" for name in ("captions", "questions", "text")), "trainer.num_workers=0"]
 
 
@@ -190,16 +182,41 @@ def test_mistakes_are_found_before_anything_starts(tmp_path: Path) -> None:
         assert not (tmp_path / "runs").exists()
 
 
-def test_a_failed_arm_is_recorded_the_others_go_on_and_are_not_run_again(tmp_path: Path) -> None:
-    """Two arms share the align stage; the third names a module that the model has not. Then the same command again."""
-    bad = '+ablation.arms.bad=["+stages.instruct.train={encoder.siglip.nose:1.0}"]'
-    first = train(tmp_path, *SWEEP, bad)
+BAD = '+ablation.arms.bad=["+stages.instruct.train={encoder.siglip.nose:1.0}"]'
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+
+
+def check_a_sweep_with_a_bad_arm(output: Path, *launcher: str) -> None:
+    """Three arms share the align stage, one process trains it; one names a module that the model has not."""
+    first = train(output, *SWEEP, BAD, *launcher)
     assert first.returncode == 1
     assert "3 runs, 0 finished already" in first.stdout
-    assert "failed bad, seed 0: ValueError" in first.stdout
+    assert "failed bad, seed 0: ValueError: train.encoder.siglip.nose" in first.stdout
     assert first.stderr.splitlines()[-1] == "error: 1 of 3 runs failed; the same command tries them again"
-    logs = {path.parent.name.split("-")[1]: path.read_text() for path in tmp_path.glob("runs/*/log.txt")}
-    assert sorted(arm for arm, text in logs.items() if "stage align: reused" in text) == ["bad", "unfrozen"]
+    logs = {path.parent.name.split("-")[1]: path.read_text() for path in output.glob("runs/*/log.txt")}
+    assert sum("stage align: what trains" in text for text in logs.values()) == 1
+    assert sum("stage align: reused" in text for text in logs.values()) == 2
+
+
+@pytest.mark.skipif(shutil.which("sinfo") is None, reason="needs Slurm")
+def test_arms_as_jobs_of_slurm(tmp_path: Path) -> None:
+    check_a_sweep_with_a_bad_arm(tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10")
+
+
+def test_a_job_that_a_queue_loses_is_a_failure_of_its_own() -> None:
+    """submitit's launcher alone would leave at the first of them, while the others run."""
+    submitit = pytest.importorskip("submitit")
+    ask = submitit.Job.results
+    lost = submitit.DebugJob.__new__(submitit.DebugJob)  # without a result: asking raises
+    with lost_jobs_reported():
+        (value,) = submitit.Job.results(lost)
+    assert "DebugJob" in str(raised(value))
+    assert submitit.Job.results is ask
+
+
+def test_a_failed_arm_is_recorded_the_others_go_on_and_are_not_run_again(tmp_path: Path) -> None:
+    """Two at a time; then the same command again, one after the other."""
+    check_a_sweep_with_a_bad_arm(tmp_path, *JOBLIB)
     again = train(tmp_path, *SWEEP)
     assert again.returncode == 0, again.stderr
     assert "2 runs, 2 finished already" in again.stdout

@@ -41,7 +41,7 @@ def launch(config: Config) -> float:
     inputs = stage_inputs(config, build.fingerprints(config))
     keys = {name: hash_of(value) for name, value in inputs.items()}
     store = Store(Path(config.output) / "store")
-    reused = [name for name, key in keys.items() if store.has(key)]
+    known = {name: store.record(key) for name, key in keys.items() if store.has(key)}
     prepare(run, config, inputs)
     if config.ablation is None:  # a sweep has a table of its own
         console.print(f"run [bold]{run}[/]", soft_wrap=True)
@@ -54,7 +54,8 @@ def launch(config: Config) -> float:
             console.print(f"{reason} (see {run / RESULT})", soft_wrap=True)
             sys.exit(STOPPED)
         raise RunFailed(f"{reason} (see {run / RESULT})") from error
-    stages = {name: {"key": key, "reused": name in reused, **store.record(key)} for name, key in keys.items()}
+    made = {name: store.record(key) for name, key in keys.items()}  # not as before: that one was damaged
+    stages = {name: {"key": key, "reused": known.get(name) == made[name], **made[name]} for name, key in keys.items()}
     metrics = json.loads((run / EVALUATION).read_text())["metrics"]
     body = {"status": "ok", "metrics": metrics, "stages": stages, "wall_s": time.time() - started}
     write_result(run, config, body)

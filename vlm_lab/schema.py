@@ -64,9 +64,7 @@ class Trainer(Strict):
     checkpoint_async: Annotated[bool, PERFORMANCE] = False  # written while training goes on
     timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
     feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "off"  # of frozen encoders; auto: if faster
-    feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = (
-        None  # they are rounded to, cache or not
-    )
+    feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = None  # rounded to, cache or not
 
 
 class Eval(Strict):

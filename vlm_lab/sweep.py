@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from vlm_lab import build
@@ -187,7 +188,7 @@ def show_plan(jobs: Sequence[Job]) -> None:
     for job in (job for job in jobs if job.seed == jobs[0].seed):
         stages = [f"{name} {source(key, job.arm, owner, store)}" for name, key in job.keys.items()]
         changed = [o for o in job.overrides if o in job.config.ablation.arms[job.arm]]  # type: ignore[union-attr]
-        table.add_row(job.arm, "\n".join(changed) or "-", "\n".join(stages))
+        table.add_row(job.arm, escape("\n".join(changed)) or "-", "\n".join(stages))
     console.print(table)
     keys = [key for job in jobs for key in job.keys.values()]
     missing, done = {key for key in keys if not store.has(key)}, sum(map(finished, jobs))

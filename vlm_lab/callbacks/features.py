@@ -125,10 +125,9 @@ class CachedTower:
 
     def looked_up(self, keys: list[bytes], device: torch.device) -> FeatureMap:
         assert self.store is not None and self.kept is not None
-        rows = torch.empty(
-            len(keys), self.store.size, dtype=torch.uint8
-        )  # torch's, for the alignment of computed ones:
-        self.store.read(keys, rows.numpy())  # for the same reason as in `rounded`
+        # Memory of torch, so that it is aligned as computed features are: for the same reason as in `rounded`.
+        rows = torch.empty(len(keys), self.store.size, dtype=torch.uint8)
+        self.store.read(keys, rows.numpy())
         tokens = rows.view(self.kept).view(len(keys), *self.like.tokens.shape[1:])
         return self.like._replace(tokens=tokens.to(device).to(self.like.tokens.dtype))
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vlm_lab.data.sample import BadRecord, ImageRef, ImageSlot, Message, Sample
-from vlm_lab.data.sources.common import Unusable, check_index, digest, images_first, text
-from vlm_lab.data.sources.parquet_rows import ParquetRows, parquet_files, read_schema
+from vlm_lab.data.sources.common import Unusable, check_index, digest, files_below, images_first, text
+from vlm_lab.data.sources.parquet_rows import ParquetRows, read_schema
 from vlm_lab.data.sources.tar_index import TarShards
 
 REQUEST = "Describe the image."
@@ -34,7 +34,7 @@ class WebDataset:
         synthetic: str | None = "json:re_caption",
     ) -> None:
         _check_names(raw, synthetic)
-        self.folder, files = _tar_files(Path(path))
+        self.folder, files = files_below(Path(path), "tar", "tar shard")
         self.raw, self.synthetic = raw, synthetic
         texts = {name.partition(":")[0]: None for name in (raw, synthetic) if name}  # both may be in one JSON member
         self._places = {extension: 1 + number for number, extension in enumerate(texts)}
@@ -90,7 +90,7 @@ class CaptionParquet:
         synthetic: str | None = "synthetic_caption",
     ) -> None:
         _check_names(raw, synthetic)
-        self.folder, files = parquet_files(Path(path))
+        self.folder, files = files_below(Path(path), "parquet", "parquet file")
         self.image, self.raw, self.synthetic = image, raw, synthetic
         columns = list(dict.fromkeys(name for name in (image, raw, synthetic) if name))
         for file in files:
@@ -141,12 +141,3 @@ def _alternatives(raw: str | list[str]) -> list[str]:
 def _check_names(raw: str | None, synthetic: str | None) -> None:
     if raw is None and synthetic is None:
         raise ValueError("raw = null and synthetic = null: name where at least one caption is")
-
-
-def _tar_files(path: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the shards."""
-    if path.is_file():
-        return path.parent, [path]
-    if not (files := sorted(path.rglob("*.tar"))):
-        raise ValueError(f"data.path = {path} is not a tar shard nor a folder that has some; give one of them")
-    return path, files

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from vlm_lab.data.sample import BadRecord, ImageSlot, Message, Sample
-from vlm_lab.data.sources.common import Unusable, answer, check_index, digest, images_first, text
-from vlm_lab.data.sources.parquet_rows import ParquetRows, parquet_files, read_schema
+from vlm_lab.data.sources.common import Unusable, answer, check_index, digest, files_below, images_first, text
+from vlm_lab.data.sources.parquet_rows import ParquetRows, read_schema
 
 COLUMNS = {"images": ("bytes",), "texts": ("user", "assistant", "source")}  # column -> fields that are read
 
@@ -25,7 +25,7 @@ class Cauldron:
     """
 
     def __init__(self, path: str, turn_sources: list[str] | None = None) -> None:
-        self.folder, files = parquet_files(Path(path))
+        self.folder, files = files_below(Path(path), "parquet", "parquet file")
         for file in files:
             _check_schema(file)
         self.turn_sources = turn_sources

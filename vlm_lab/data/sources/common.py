@@ -81,3 +81,12 @@ def file_hash(path: Path, whole: bool = True) -> str:
 def digest(*parts: object) -> str:
     """A short hash of values that print exactly (strings, bytes, numbers, lists of them)."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def files_below(path: Path, ending: str, kind: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files: `path` itself or all below it. ValueError if none."""
+    if path.is_file():
+        return path.parent, [path]
+    if not (files := sorted(path.rglob(f"*.{ending}"))):
+        raise ValueError(f"data.path = {path} is not a {kind} nor a folder that has some; give one of them")
+    return path, files

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from vlm_lab.data.sample import BadRecord, ImageRef, ImageSlot, Sample, document
-from vlm_lab.data.sources.common import Unusable, check_index, digest, file_below, text
-from vlm_lab.data.sources.parquet_rows import ParquetRows, parquet_files, read_schema
+from vlm_lab.data.sources.common import Unusable, check_index, digest, file_below, files_below, text
+from vlm_lab.data.sources.parquet_rows import ParquetRows, read_schema
 
 MIN_UNITS = 5
 IMAGE_WEIGHT = 3  # of starting at an image; at a text it is 1
@@ -36,7 +36,7 @@ class Obelics:
     def __init__(self, path: str, root: str | None = None, max_units: int | None = None, seed: int = 0) -> None:
         if max_units is not None and max_units < MIN_UNITS:
             raise ValueError(f"max_units = {max_units}: a record has at least {MIN_UNITS} units")
-        self.folder, files = parquet_files(Path(path))
+        self.folder, files = files_below(Path(path), "parquet", "parquet file")
         for file in files:
             _check_schema(file)
         self.root = Path(os.path.realpath(root or self.folder))

@@ -95,15 +95,6 @@ class ArrowFile:
         return self.reader.get_batch(number).slice(row - start, 1).to_pylist()[0]
 
 
-def parquet_files(path: Path) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files. ValueError if there is none."""
-    if path.is_file():
-        return path.parent, [path]
-    if not (files := sorted(path.rglob("*.parquet"))):
-        raise ValueError(f"data.path = {path} is not a parquet file nor a folder that has some; give one of them")
-    return path, files
-
-
 def read_schema(file: Path) -> pa.Schema:
     try:
         return pq.read_schema(file)
