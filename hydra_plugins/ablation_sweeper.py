@@ -97,7 +97,8 @@ def lost_jobs_reported() -> Iterator[None]:
         try:
             return ask(job)
         except Exception as error:
-            return [JobReturn(_return_value=error, status=JobStatus.FAILED)]
+            lost = RuntimeError(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            return [JobReturn(overrides=[f"job {job.job_id}"], _return_value=lost, status=JobStatus.FAILED)]
 
     Job.results = results
     try:

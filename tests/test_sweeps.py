@@ -1,6 +1,7 @@
 """Sweep files and the sweeper: every arm composes, published means are what they say, failures, skipping, order."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -203,14 +204,15 @@ def test_arms_as_jobs_of_slurm(tmp_path: Path) -> None:
     check_a_sweep_with_a_bad_arm(tmp_path, "hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=10")
 
 
-def test_a_job_that_a_queue_loses_is_a_failure_of_its_own() -> None:
-    """submitit's launcher alone would leave at the first of them, while the others run."""
+def test_a_job_that_a_queue_loses_is_a_failure_of_its_own(tmp_path: Path) -> None:
+    """One that ends without a result, and one behind it; submitit's launcher alone would leave at the first."""
     submitit = pytest.importorskip("submitit")
-    ask = submitit.Job.results
-    lost = submitit.DebugJob.__new__(submitit.DebugJob)  # without a result: asking raises
+    executor, ask = submitit.LocalExecutor(tmp_path), submitit.Job.results
+    jobs = [executor.submit(os._exit, 3), executor.submit(sum, (1, 2))]
     with lost_jobs_reported():
-        (value,) = submitit.Job.results(lost)
-    assert "DebugJob" in str(raised(value))
+        (lost,), found = (job.results() for job in jobs)
+    assert "UncompletedJobError" in str(raised(lost)) and "\n" not in str(raised(lost))
+    assert found == [3]
     assert submitit.Job.results is ask
 
 
