@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,43 @@ def test_two_processes_equal_one(output: Path, tmp_path: Path, finished: subproc
     weights = [load_file(run / "stages" / "align" / "model.safetensors") for run in (one, two)]
     assert losses[1] == pytest.approx(losses[0][:2], rel=1e-4)
     assert max(max_difference(weights[0][name], weights[1][name]) for name in weights[0]) < 2e-4
+
+
+CHILD = """
+import signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    Path(sys.argv[1]).write_text("saved")
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[2]).touch()
+time.sleep(60)
+"""
+PARENT = """
+import signal, sys
+from vlm_lab import launch
+
+signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))  # submitit's handler: the job is back in the queue
+launch.child("patient", *sys.argv[1:])
+"""
+
+
+def test_a_queues_warning_lets_the_child_save(tmp_path: Path) -> None:
+    """Slurm signals all processes of a job before its time is over: the child survives, and is told to stop."""
+    (tmp_path / "patient.py").write_text(CHILD)
+    saved, started = tmp_path / "saved", tmp_path / "started"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", PARENT, str(saved), str(started)]
+    job = subprocess.Popen(command, env=environment, start_new_session=True)
+    end = time.monotonic() + 60
+    while not started.exists():
+        assert job.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGUSR2)
+    assert job.wait(timeout=30) == 9
+    assert saved.read_text() == "saved"
 
 
 def test_a_failing_stage_is_recorded(tmp_path: Path) -> None:
