@@ -20,6 +20,7 @@ CODE = (
     "encoder_module.py",
     "fit.py",
     "module.py",
+    "optimizers.py",
     "parts.py",
     "strategies.py",
 )
