@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from vlm_lab import build, schema
+from vlm_lab.config import Config
 from vlm_lab.data.loader import Loader, Records
 from vlm_lab.data.mixture import Mixture
 from vlm_lab.model import freeze
@@ -34,7 +35,7 @@ LLM = {
 VISION = {"image_size": 112, "patch_size": 16, "width": 192, "depth": 6, "heads": 3}
 
 
-def config(folder: Path) -> schema.Config:
+def config(folder: Path) -> Config:
     """The composition under test, as `train.py` would make it from the command line."""
     from hydra import compose, initialize_config_dir
 
@@ -57,7 +58,7 @@ def config(folder: Path) -> schema.Config:
         return schema.check(compose("train", overrides=overrides))
 
 
-def parts(folder: Path, steps: int) -> tuple[schema.Config, VLMTraining, Loader]:
+def parts(folder: Path, steps: int) -> tuple[Config, VLMTraining, Loader]:
     cfg = config(folder)
     stage = cfg.stages["align"]
     stage.steps = steps

@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 from vlm_lab import schema
+from vlm_lab.config import Config
 from vlm_lab.explain import explain
 
 
@@ -61,7 +62,7 @@ class AblationSweeper(BasicSweeper):
                     raise ValueError(f"arm {arm}: {explain(error)}") from error
         return jobs
 
-    def checked(self, overrides: list[str]) -> schema.Config:
+    def checked(self, overrides: list[str]) -> Config:
         cfg = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
         OmegaConf.set_struct(cfg, False)

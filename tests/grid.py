@@ -24,9 +24,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from vlm_lab import build, schema
+from vlm_lab import build
 from vlm_lab.batch import IGNORE
 from vlm_lab.compat import check_parts
+from vlm_lab.config import Config
 from vlm_lab.data.loader import pack
 from vlm_lab.data.process import Processor
 from vlm_lab.data.tokenizer import trained_tokenizer
@@ -120,7 +121,7 @@ class Bench:
         self.folder = folder
 
     def built(self, cell: Cell, seed: int = 0) -> tuple[VLM, Processor]:
-        config = schema.Config.model_validate({**tree(cell), "name": "cell", "seed": seed})
+        config = Config.model_validate({**tree(cell), "name": "cell", "seed": seed})
         vlm = build.vlm(config)
         tokens = trained_tokenizer([ColourSource()], config.llm["chat"], 400, self.folder)
         for name, parameter in vlm.named_parameters():

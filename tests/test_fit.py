@@ -16,6 +16,7 @@ from vlm_lab.data.process import Processor
 from vlm_lab.data.sample import BadRecord, Sample
 from vlm_lab.model.vlm import VLM
 from vlm_lab.module import VLMTraining, constant, cosine
+from vlm_lab.stages import Stage
 
 STEPS, BATCH = 20, 8
 GOLDEN = [5.79, 5.183, 4.701, 4.4, 4.288]  # mean loss of steps 1-4, 5-8, ...; change it only with a reason
@@ -35,7 +36,7 @@ def fit(
     """STEPS steps of a tiny VLM; what was trained, and its losses."""
     config = schema.check(composed("stage=[align]", *overrides))
     options = {"train": {"encoder": 3e-3, "connector": 3e-3, "llm": 3e-3}, "batch": BATCH, "micro_batch": micro_batch}
-    plan = schema.Stage.model_validate({**config.stages["align"].model_dump(), **options, "steps": STEPS, **stage})
+    plan = Stage.model_validate({**config.stages["align"].model_dump(), **options, "steps": STEPS, **stage})
     seed_everything(0, verbose=False)
     source = source or ColourSource()
     records = Records([source], Mixture([len(source)], [1.0], 0), processor)

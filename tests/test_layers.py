@@ -12,8 +12,8 @@ HEAVY = {"torch", "lightning", "transformers", "timm", "wandb", "deepspeed"}
 TORCH_FREE = [
     "schema",
     "stages",
-    "checks",
     "compat",
+    "config",
     "components",
     "explain",
     "launch",
@@ -72,14 +72,14 @@ def test_direction(path: Path) -> None:
         "eval": {"eval", "data", "model", "batch"},
         "batch": set(),
         "convert": {"convert", "components", "data", "model", "batch"},
-        "module": {"model", "batch", "schema", "components", "optimizers"},
+        "module": {"model", "batch", "stages", "components", "optimizers"},
         "optimizers": {"stages"},
-        "strategies": {"schema", "files"},
+        "strategies": {"config", "files"},
         "feature_store": {"files"},
         "callbacks": {"callbacks", "module", "model", "data", "batch", "strategies"}
         | {"feature_store", "files", "pulses"},
-        "schema": {"ablation", "checks", "components", "compat", "stages"},
-        "checks": {"compat", "schema", "stages"},  # schema's types alone, for the type checker
+        "schema": {"compat", "components", "config", "stages"},
+        "config": {"ablation", "components", "stages"},
         "stages": {"components"},
         "encoder_module": {"module", "batch"},
         "ablation": set(),
@@ -89,7 +89,7 @@ def test_direction(path: Path) -> None:
         "components": set(),
         "explain": set(),
         "console": set(),
-        "store": {"store", "schema", "stages", "console", "files"},
+        "store": {"store", "config", "schema", "stages", "console", "files"},
         "files": set(),
         "pulses": set(),
     }

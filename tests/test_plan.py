@@ -8,6 +8,7 @@ import torch
 from helpers import ROOT, composed
 
 from vlm_lab import plan, schema
+from vlm_lab.config import Config
 
 # Parameters per module; sources: facts recomputed from the released configurations, model cards, transformers' classes.
 PUBLISHED = {
@@ -30,7 +31,7 @@ PUBLISHED = {
 }
 
 
-def composed_full(name: str) -> schema.Config:
+def composed_full(name: str) -> Config:
     return schema.check(composed(f"experiment={name}", "scale=full"))
 
 

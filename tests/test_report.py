@@ -10,12 +10,12 @@ from helpers import composed
 
 from vlm_lab import build, report, schema
 from vlm_lab.ablation import Claim
+from vlm_lab.config import Config
 from vlm_lab.dashboard import as_json, workspace
 from vlm_lab.reporting import tables
 from vlm_lab.reporting.analysis import analyse
 from vlm_lab.reporting.page import page
 from vlm_lab.reporting.study import load
-from vlm_lab.schema import Config
 
 QUESTIONS, SEEDS = 120, (0, 1, 2)
 CHANCE = {"concat": 0.5, "sva": 0.85, "resampler": 0.2}  # of a right answer, with the image

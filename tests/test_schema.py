@@ -9,7 +9,9 @@ import pytest
 from helpers import ROOT, composed
 
 from vlm_lab import schema
+from vlm_lab.config import Config, Data, Eval, Trainer
 from vlm_lab.explain import explain
+from vlm_lab.stages import COSMETIC, IDENTITY, PERFORMANCE, Rule, Stage
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "sweep")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
@@ -39,8 +41,8 @@ def test_every_option_composes_and_binds(group: str, option: str, scale: str, tm
 
 
 def test_every_field_is_classified() -> None:
-    kinds = {schema.IDENTITY, schema.PERFORMANCE, schema.COSMETIC}
-    models = [schema.Config, schema.Stage, schema.Rule, schema.Data, schema.Trainer, schema.Eval]
+    kinds = {IDENTITY, PERFORMANCE, COSMETIC}
+    models = [Config, Stage, Rule, Data, Trainer, Eval]
     fields = [(m.__name__, name, info) for m in models for name, info in m.model_fields.items()]
     wrong = [
         f"{m}.{name}" for m, name, info in fields if len(kinds & {x for x in info.metadata if isinstance(x, str)}) != 1

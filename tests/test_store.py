@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from processes import finish, run_folder, start, store_of
 
 from vlm_lab import schema
-from vlm_lab.schema import COSMETIC, IDENTITY, PERFORMANCE, Config, Data, Eval, Rule, Stage, Trainer
+from vlm_lab.config import Config, Data, Eval, Trainer
+from vlm_lab.stages import COSMETIC, IDENTITY, PERFORMANCE, Rule, Stage
 from vlm_lab.store import RECORD, Store, stage_keys
 
 KINDS = (IDENTITY, PERFORMANCE, COSMETIC)

@@ -13,6 +13,7 @@ from helpers import ROOT, composed, small
 from hydra_plugins.ablation_sweeper import combined, lost_jobs_reported, raised
 from vlm_lab import build, schema, sweep
 from vlm_lab.ablation import Ablation, Link, links
+from vlm_lab.config import Config
 from vlm_lab.module import VLMTraining
 from vlm_lab.store import Store
 from vlm_lab.sweep import Job, in_order, last_line, source
@@ -31,7 +32,7 @@ def arms_of(name: str, scale: str) -> dict[str, list[str]]:
     return dict(composed(f"sweep={name}", f"scale={scale}").ablation.arms)
 
 
-def check_arm(name: str, scale: str, arm: str, overrides: list[str]) -> schema.Config:
+def check_arm(name: str, scale: str, arm: str, overrides: list[str]) -> Config:
     assert not any("None" in override for override in overrides), overrides  # a null that became text
     command = combined([f"sweep={name}", f"scale={scale}"], [*overrides, f"+ablation.arm={arm}"])
     return schema.check(composed(*command))

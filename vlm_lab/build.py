@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_lab.components import make
-from vlm_lab.schema import HF, Config, Node, Stage
+from vlm_lab.components import Node, make
+from vlm_lab.config import Config
+from vlm_lab.schema import HF
+from vlm_lab.stages import Stage
 
 if TYPE_CHECKING:
     from lightning import Callback, Trainer

@@ -15,13 +15,13 @@ from typing import Any
 from safetensors.torch import load_model
 
 from vlm_lab import build, schema
+from vlm_lab.config import Config
 from vlm_lab.console import console, show_scores
 from vlm_lab.data.process import Processor
 from vlm_lab.eval.metrics import score
 from vlm_lab.eval.runner import predict, questions, show
 from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.model.vlm import VLM
-from vlm_lab.schema import Config
 
 
 def evaluate_run(run: Path, config: Config, logger: Any = None) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import sys
 from pathlib import Path
 
 from vlm_lab import schema
+from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.evaluate import load_run
 from vlm_lab.explain import CONFIG_ERRORS, explain
-from vlm_lab.schema import Config
 
 FORMATS = ("native", "hf", "timm", "open_clip")
 

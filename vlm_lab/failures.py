@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from vlm_lab.config import Config
 from vlm_lab.pulses import last_signs
-from vlm_lab.schema import Config
 
 FAILURE = "failure.json"
 

@@ -21,7 +21,7 @@ from vlm_lab.model.checkpointing import checkpoint_activations, keep_checkpointi
 from vlm_lab.model.neftune import neftune
 from vlm_lab.model.vlm import VLM
 from vlm_lab.optimizers import make_optimizer
-from vlm_lab.schema import Stage
+from vlm_lab.stages import Stage
 
 
 class VLMTraining(LightningModule):

@@ -1,7 +1,7 @@
 """Optimizers by their name in a stage: `make_optimizer(stage, groups, model)`.
 
 adamw; adamw8bit, paged_adamw8bit, lion8bit (bitsandbytes: states in 8 bits); muon (torch's own, for the matrices
-between the layers, AdamW for everything else). ZeRO takes adamw only (`checks.check_sharding`): Muon needs all of a
+between the layers, AdamW for everything else). ZeRO takes adamw only (`schema.check_sharding`): Muon needs all of a
 matrix.
 """
 

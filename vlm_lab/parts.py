@@ -14,6 +14,7 @@ from torch import nn
 
 from vlm_lab import build
 from vlm_lab.components import make
+from vlm_lab.config import Config
 from vlm_lab.data.chat import Chat
 from vlm_lab.data.loader import Loader
 from vlm_lab.data.pretrain import PairLoader, PairRecords
@@ -26,8 +27,7 @@ from vlm_lab.model.pretrain.resolution import take_over
 from vlm_lab.model.text import TextModel
 from vlm_lab.model.vlm import VLM
 from vlm_lab.module import VLMTraining
-from vlm_lab.schema import Config, Stage
-from vlm_lab.stages import OBJECTIVES
+from vlm_lab.stages import OBJECTIVES, Stage
 
 LOSSES = {"contrastive": "infonce", "sigmoid": "sigmoid", "caption": None}  # objective -> `contrastive` of the towers
 

@@ -16,13 +16,14 @@ from hydra import compose, initialize_config_dir
 from rich.table import Table
 
 from vlm_lab import build, schema
+from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.model import freeze
 from vlm_lab.model.vlm import VLM
 from vlm_lab.module import VLMTraining
 from vlm_lab.parts import stage_model
-from vlm_lab.schema import Config, Stage
+from vlm_lab.stages import Stage
 
 CONF = Path(__file__).parent.parent / "conf"
 EVERYTHING = ("weights", "gradients", "optimizer")

@@ -21,6 +21,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 
 from vlm_lab import schema
+from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.data.images import load_image
 from vlm_lab.data.labelled import LabelledFolder
@@ -32,7 +33,7 @@ from vlm_lab.eval.encoders import KS, class_embeddings, linear_probe, retrieval,
 from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.model.pretrain import DualEncoder
 from vlm_lab.parts import stage_model
-from vlm_lab.schema import Config, Stage
+from vlm_lab.stages import Stage
 
 BATCH = 64
 PHOTO = ("{}", "a photo of a {}", "an image of a {}", "a picture of the {}")  # templates for other pictures

@@ -1,83 +1,24 @@
-"""The typed root of every configuration, and `check`: the only door from Hydra into the rest of the package.
+"""`check`: the only door from Hydra into the rest of the package, and `load` and `dump` of what went through it.
 
 `check(DictConfig) -> Config` resolves, validates types, unknown keys, component arguments, module paths and files, and
-refuses with one line that names the field. It imports neither torch nor lightning, so a typo costs under a second.
-Every field carries its kind: IDENTITY decides the trained weights, PERFORMANCE only how fast, COSMETIC only the looks;
-the stage store hashes the identity fields alone.
+refuses with one line that names the field and the way out. It imports neither torch nor lightning, so a typo costs
+under a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
 
-from vlm_lab.ablation import Ablation
-from vlm_lab.checks import HF, check_paths, check_stage, check_tilings, shards
-from vlm_lab.compat import check_parts
+from vlm_lab.compat import check_parts, check_videos
 from vlm_lab.components import Node, bind
-from vlm_lab.stages import COSMETIC, IDENTITY, PERFORMANCE, Rule, Stage, Strict, check_order, spelt_out
+from vlm_lab.config import Config, Trainer
+from vlm_lab.stages import IMAGE_TEXT, OBJECTIVES, Objective, Stage, check_order, spelt_out
 
-__all__ = ["COSMETIC", "HF", "IDENTITY", "PERFORMANCE", "Config", "Node", "Rule", "Stage", "Trainer"]
-Strategy = Literal["auto", "ddp", "zero2", "zero2_offload", "zero3", "zero3_offload", "fsdp"]
-
-
-class Data(Strict):
-    """Sources of records, how stages mix them, and the tasks they are evaluated on."""
-
-    sources: Annotated[dict[str, Node], IDENTITY]
-    mixtures: Annotated[dict[str, dict[str, float | None]], IDENTITY]  # weights; null: as many as it has records
-    tasks: Annotated[dict[str, Node], COSMETIC]
-    path: Annotated[str | None, COSMETIC] = None  # only ever used inside `sources`
-    root: Annotated[str | None, COSMETIC] = None
-    eval_path: Annotated[str | None, COSMETIC] = None
-    holdout: Annotated[int, IDENTITY] = Field(0, ge=0)  # records per source, when no task has a file of its own
-    shuffle_turns: Annotated[bool, IDENTITY] = False  # of multi-turn samples, anew at every draw
-    max_bad: Annotated[int, COSMETIC] = Field(0, ge=0)
-
-
-class Trainer(Strict):
-    accelerator: Annotated[Literal["cpu", "gpu"], PERFORMANCE]
-    devices: Annotated[int, PERFORMANCE] = Field(1, gt=0)
-    strategy: Annotated[Strategy, PERFORMANCE] = "auto"
-    precision: Annotated[Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"], IDENTITY]
-    num_workers: Annotated[int, PERFORMANCE] = Field(0, ge=0)
-    gradient_checkpointing: Annotated[bool, PERFORMANCE] = False
-    compile: Annotated[bool, IDENTITY] = False  # blocks by torch.compile, which changes the order of sums
-    checkpoint_every: Annotated[int, PERFORMANCE] = Field(500, gt=0)  # optimizer steps
-    checkpoint_keep: Annotated[int, PERFORMANCE] = Field(2, gt=0)  # the newest ones
-    checkpoint_async: Annotated[bool, PERFORMANCE] = False  # written while training goes on
-    timeout_s: Annotated[int, PERFORMANCE] = Field(1800, gt=0)  # how long a process waits for another
-    feature_cache: Annotated[Literal["off", "on", "auto"], PERFORMANCE] = "off"  # of frozen encoders; auto: if faster
-    feature_dtype: Annotated[Literal["float16", "bfloat16"] | None, IDENTITY] = None  # rounded to, cache or not
-
-
-class Eval(Strict):
-    images: Annotated[list[Literal["real", "none", "shuffled"]], COSMETIC] = Field(min_length=1)
-    limit: Annotated[int | None, COSMETIC] = Field(None, gt=0)  # questions per task
-    batch: Annotated[int, PERFORMANCE] = Field(gt=0)
-    max_new_tokens: Annotated[int, COSMETIC] = Field(gt=0)
-
-
-class Config(Strict):
-    name: Annotated[str, COSMETIC]
-    seed: Annotated[int, IDENTITY] = Field(ge=0)
-    output: Annotated[str, COSMETIC]
-    init: Annotated[str | None, IDENTITY] = None  # what all weights start from: hf:<id or folder> (vlm_lab/convert)
-    scale: Annotated[Literal["tiny", "full"], COSMETIC]  # its effects are all in the fields that it sets
-    encoder: Annotated[dict[str, Node], IDENTITY]
-    connector: Annotated[Node, IDENTITY]
-    llm: Annotated[Node, IDENTITY]
-    tiling: Annotated[Node, IDENTITY]
-    data: Annotated[Data, IDENTITY]
-    stages: Annotated[dict[str, Stage], IDENTITY] = Field(min_length=1)
-    trainer: Annotated[Trainer, IDENTITY]
-    logger: Annotated[Node, COSMETIC]
-    eval: Annotated[Eval, COSMETIC]
-    ablation: Annotated[Ablation | None, COSMETIC] = None  # the sweep that this run is an arm of
+HF = "hf:"  # what `init` begins with: the checkpoint is one of transformers
 
 
 def register_resolvers() -> None:
@@ -138,3 +79,112 @@ def components(config: Config) -> list[tuple[str, Node, set[str]]]:
     for group in ("sources", "tasks"):
         nodes += [(f"data.{group}.{name}", node, set()) for name, node in getattr(config.data, group).items()]
     return nodes
+
+
+def check_stage(name: str, stage: Stage, config: Config) -> None:
+    if stage.mixture not in config.data.mixtures:
+        have = ", ".join(config.data.mixtures)
+        raise ValueError(f"stages.{name}.mixture = {stage.mixture}: this data option offers {have}")
+    check_objective(name, stage, config)
+    parts = [part for part in OBJECTIVES[kind(stage)] if part != "encoder"]
+    encoders = [] if kind(stage) == "next_token" else list(config.encoder) if stage.part is None else [stage.encoder]
+    for path in stage.train:
+        head, _, rest = path.partition(".")
+        part = rest.split(".")[0]
+        if head not in OBJECTIVES[kind(stage)] or (head == "encoder" and part and part not in encoders):
+            options = [*parts, *(["encoder"] if encoders else []), *(f"encoder.{e}" for e in encoders)]
+            raise ValueError(f"stages.{name}.train.{path}: no such module; there are {', '.join(options)}")
+    if stage.turns is not None and not config.data.shuffle_turns:
+        raise ValueError(f"stages.{name}.turns = {stage.turns} draws questions: it needs data.shuffle_turns=true")
+    check_sharding(name, stage, config.trainer)
+    processes = config.trainer.devices
+    if stage.batch % processes:
+        raise ValueError(f"stages.{name}.batch = {stage.batch} is not a multiple of trainer.devices = {processes}")
+
+
+def kind(stage: Stage) -> Objective:
+    """The objective of a stage that `spelt_out` has seen."""
+    assert not isinstance(stage.objective, dict)
+    return stage.objective
+
+
+def check_objective(name: str, stage: Stage, config: Config) -> None:
+    """A stage that pretrains an encoder names one, and what it needs besides; the others name nothing of that."""
+    if stage.upscale is not None and kind(stage) != "vlm":
+        raise ValueError(f"stages.{name}.upscale is for training the whole model, objective is {stage.objective}")
+    added = {field: getattr(stage, field) for field in ("encoder", "towers", "views", "wordpieces", "image_size")}
+    if "towers" not in OBJECTIVES[kind(stage)]:
+        for field in (field for field, value in added.items() if value is not None):
+            raise ValueError(f"stages.{name}.{field} is for pretraining encoders, objective is {stage.objective}")
+        return
+    if stage.encoder not in config.encoder:
+        raise ValueError(f"stages.{name}.encoder = {stage.encoder}: there are {', '.join(config.encoder)}")
+    if stage.views is None or (stage.towers is None and stage.objective in IMAGE_TEXT):
+        missing = "views" if stage.views is None else "towers"
+        raise ValueError(f"stages.{name}.{missing} must be given: objective {stage.objective} needs it")
+
+
+def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
+    """What shards, shards plain weights and the states of PyTorch's optimizers only."""
+    if not shards(trainer.strategy):
+        return
+    sharder = "FSDP" if trainer.strategy == "fsdp" else "ZeRO"
+    weights = sharder == "FSDP" or trainer.strategy.startswith("zero3")
+    if trainer.feature_cache == "on" and weights:
+        whole = f"under {sharder} all processes run the encoder together"
+        raise ValueError(f"trainer.feature_cache = on: {whole}; say auto")
+    if sharder == "FSDP" and "towers" in OBJECTIVES[kind(stage)]:
+        raise ValueError(f"stages.{name} pretrains an encoder: FSDP cannot, use trainer=ddp or zero2, or bootstrap=[]")
+    four_bit = [path for path, rule in stage.train.items() if rule is not None and rule.adapt == "qlora"]
+    refused = {
+        "trainer.compile = true": trainer.compile and weights,
+        "trainer.checkpoint_async = true": trainer.checkpoint_async,
+        "trainer.precision = 16-mixed": trainer.precision == "16-mixed" and sharder == "FSDP",
+        f"stages.{name}.ema = {stage.ema}": stage.ema is not None,
+        f"stages.{name}.train.{(four_bit or [''])[0]}.adapt = qlora": bool(four_bit),
+        f"stages.{name}.optimizer = {stage.optimizer}": stage.optimizer != "adamw",
+    }
+    for what in (what for what, wanted in refused.items() if wanted):
+        raise ValueError(f"{what} needs trainer=gpu, cpu or ddp, not {sharder}")
+
+
+def shards(strategy: str) -> bool:
+    """Whether it divides weights, gradients or states between processes."""
+    return strategy.startswith("zero") or strategy == "fsdp"
+
+
+def check_tilings(config: Config) -> None:
+    """What a stage or a task reads, its tiling has a rule for."""
+    for name, task in config.data.tasks.items():
+        check_videos(f"data.tasks.{name}", task, config.tiling)
+    for name, stage in config.stages.items():
+        if stage.part is not None:
+            continue
+        tiling = stage.tiling or config.tiling
+        for source in config.data.mixtures[stage.mixture]:
+            check_videos(f"stages.{name}: data.sources.{source}", config.data.sources[source], tiling)
+
+
+def check_paths(config: Config) -> None:
+    unknown = [(m, s) for m, weights in config.data.mixtures.items() for s in weights if s not in config.data.sources]
+    for mixture, source in unknown:
+        raise ValueError(
+            f"data.mixtures.{mixture}.{source}: no such source; there are {', '.join(config.data.sources)}"
+        )
+    for field in ("path", "root", "eval_path"):
+        path = getattr(config.data, field)
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"data.{field} = {path}: no such file or folder (from {Path.cwd()})")
+    check_init(config.init)
+
+
+def check_init(init: str | None) -> None:
+    """Refuses what is neither `hf:<id>` nor `hf:<folder with a checkpoint>`; ids are looked up by the worker."""
+    if init is None:
+        return
+    source = init.removeprefix(HF)
+    if source == init or not source:
+        raise ValueError(f"init = {init}: say {HF}ID or {HF}FOLDER")
+    local = source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source).exists()
+    if local and not (Path(source) / "config.json").is_file():
+        raise ValueError(f"init = {init}: no folder with a config.json (from {Path.cwd()})")

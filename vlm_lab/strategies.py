@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vlm_lab.config import Trainer as Options
 from vlm_lab.files import in_place
-from vlm_lab.schema import Trainer as Options
 
 
 def strategy(options: Options) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 
 import wandb
 
+from vlm_lab.config import Config
 from vlm_lab.data.images import load_image
 from vlm_lab.data.sample import Sample, Video
 from vlm_lab.eval.metrics import Record, correct
-from vlm_lab.schema import Config
 
 
 class WandbLogger:

@@ -16,6 +16,7 @@ from safetensors.torch import save_model
 
 from vlm_lab import build, convert, export, parts, schema
 from vlm_lab.components import make
+from vlm_lab.config import Config
 from vlm_lab.data.chat import Chat
 from vlm_lab.data.tiling import HD, Crop, Native, Pad, Squash
 from vlm_lab.data.wordpiece import train
@@ -40,7 +41,7 @@ def run(chat: Chat, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def logits_of(folder: Path, config: schema.Config) -> torch.Tensor:
+def logits_of(folder: Path, config: Config) -> torch.Tensor:
     model, processor = load_run(folder, config)
     return parity.logits(model.eval(), parity.prompt_of(processor, parity.question(Noise((40, 30)))))
 

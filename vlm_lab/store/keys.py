@@ -8,8 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from vlm_lab.schema import HF, IDENTITY, Config
-from vlm_lab.stages import parents
+from vlm_lab.config import Config
+from vlm_lab.schema import HF
+from vlm_lab.stages import IDENTITY, parents
 
 PACKAGE = Path(__file__).parent.parent
 CODE = (
