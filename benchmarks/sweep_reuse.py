@@ -52,16 +52,19 @@ def main() -> None:
     parser.add_argument("--align", type=int, default=160, help="steps of the stage that all arms share")
     parser.add_argument("--instruct", type=int, default=24, help="steps of the stage that differs: two epochs")
     parser.add_argument("--arms", type=int, default=len(ARMS))
+    parser.add_argument(
+        "--cache", choices=["auto", "off"], default="auto", help="of (b); off: what the store alone saves"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.only in (None, "epochs"):
             epochs(Path(folder) / "epochs")
         if args.only in (None, "sweep"):
             steps = [f"stages.align.steps={args.align}", f"stages.instruct.steps={args.instruct}"]
-            sweep(Path(folder), ARMS[: args.arms], steps)
+            sweep(Path(folder), ARMS[: args.arms], steps, args.cache)
 
 
-def sweep(folder: Path, arms: list[list[str]], steps: list[str]) -> None:
+def sweep(folder: Path, arms: list[list[str]], steps: list[str], cache: str) -> None:
     shared = folder / "shared"
     train(shared, [*steps, "stages.align.steps=1", "stages.instruct.steps=1", "trainer.feature_cache=off"])  # pictures
     cost = {"independent": 0.0, "store and cache": 0.0}
@@ -70,7 +73,7 @@ def sweep(folder: Path, arms: list[list[str]], steps: list[str]) -> None:
         alone.mkdir()
         (alone / "cache").symlink_to(shared / "cache")
         cost["independent"] += train(alone, [*steps, *arm, "trainer.feature_cache=off"])
-        cost["store and cache"] += train(shared, [*steps, *arm, "trainer.feature_cache=auto"])
+        cost["store and cache"] += train(shared, [*steps, *arm, f"trainer.feature_cache={cache}"])
         same(only_run(alone), newest_run(shared))
         print(f"arm {number + 1} of {len(arms)}: equal; CPU seconds so far {rounded(cost)}", flush=True)
     ratio = cost["independent"] / cost["store and cache"]
