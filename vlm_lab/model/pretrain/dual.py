@@ -50,23 +50,26 @@ class ImageHead(nn.Module):
 
 
 class InfoNCE(nn.Module):
-    """The temperature is learnt; the scale starts at 1 / 0.07 and has no upper limit, as in OpenVision's code."""
+    """The temperature is learnt; the scale starts at 1 / 0.07 and has no upper limit, as in OpenVision's code.
+
+    Shape [1]: DeepSpeed cannot hold parameters without a dimension.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
 
     def forward(self, image: Tensor, text: Tensor, valid: Tensor) -> Tensor:
         return info_nce(image, text, self.log_scale.exp(), valid)
 
 
 class Sigmoid(nn.Module):
-    """SigLIP's scale and bias, which start at 10 and -10."""
+    """SigLIP's scale and bias, which start at 10 and -10; shape [1], as above."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.bias = nn.Parameter(torch.tensor([-10.0]))
 
     def forward(self, image: Tensor, text: Tensor, valid: Tensor) -> Tensor:
         return sigmoid_loss(image, text, self.log_scale.exp(), self.bias, valid)

@@ -133,6 +133,8 @@ def as_theirs(name: str, value: Tensor) -> Tensor:
         return value.T
     if name == "visual.class_embedding":
         return value.flatten()
+    if name in ("logit_scale", "logit_bias"):
+        return value.reshape(())
     return value.flatten(0, 1) if name == "visual.positional_embedding" else value
 
 
