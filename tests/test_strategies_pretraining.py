@@ -19,7 +19,7 @@ BASE = [
     "data.sources.pairs.size=40",
     *(f"stages.clip_lowres.{setting}" for setting in (f"steps={STEPS}", "batch=6", "micro_batch=2", "optimizer=adamw")),
     *(f"stages.clip_lowres.{setting}" for setting in ("train.encoder=1.0e-3", "train.towers=1.0e-3")),
-    f"+stages.clip_lowres.clip=1.0",
+    "+stages.clip_lowres.clip=1.0",
     *(f"stages.clip_lowres.towers.{setting}" for setting in ("width=32", "heads=2", "mlp=64", "out_dim=16")),
     "trainer.num_workers=0",
 ]
