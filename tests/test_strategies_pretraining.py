@@ -1,4 +1,4 @@
-"""DDP, ZeRO-2 and ZeRO-3 on a contrastive stage in two real processes: the loss of the global batch, as one process has it.
+"""DDP, ZeRO-2 and ZeRO-3 on a contrastive stage in two processes: the loss of the global batch, as one process has it.
 
 Each process sees half of a step's pairs, and meets the other's as negatives; the towers are sharded like the encoder.
 """
