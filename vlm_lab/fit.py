@@ -27,6 +27,7 @@ from safetensors.torch import save_model
 
 from vlm_lab import build, parts, schema
 from vlm_lab.callbacks import Average, BadRecords, Checkpoints, Contract, Meter, Preempted, Pulse, latest
+from vlm_lab.callbacks.features import chip
 from vlm_lab.console import console, show_trainability
 from vlm_lab.evaluate import evaluate_run
 from vlm_lab.failures import advice, is_out_of_memory, note_failure
@@ -125,7 +126,8 @@ class Worker:
         zero3 = config.trainer.strategy.startswith("zero3")
         checkpointing = zero3 if config.trainer.gradient_checkpointing else None
         module = made.training(made.model, stage, loader.steps, checkpointing)
-        mfu = mfu_counter(made.model, card(), config.trainer.precision != "32-true")
+        device = torch.device("cuda" if config.trainer.accelerator == "gpu" else "cpu")
+        mfu = mfu_counter(made.model, chip(device), config.trainer.precision != "32-true")
         if config.trainer.compile:
             compile_blocks(made.model)
         rows = freeze.trainability(made.model, module.table)
@@ -187,10 +189,6 @@ def link(place: Path, target: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     place.unlink(missing_ok=True)
     place.symlink_to(os.path.relpath(target, place.parent))
-
-
-def card() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def peak_gib() -> float:

@@ -24,7 +24,6 @@ from vlm_lab import build, schema
 from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.pulses import last_signs
-from vlm_lab.schema import shards
 from vlm_lab.store import INPUTS, Store, hash_of, stage_inputs
 
 FAILURE, RESULT, EVALUATION, LOG = "failure.json", "result.json", "evaluation.json", "log.txt"
@@ -87,7 +86,7 @@ def prepare(run: Path, config: Config, inputs: dict[str, dict[str, Any]]) -> Non
 
 def train_and_evaluate(config: Config, run: Path, inputs: dict[str, dict[str, Any]], store: Store) -> None:
     log = run / LOG if config.ablation is not None else None
-    if config.trainer.devices == 1 and not shards(config.trainer.strategy):
+    if config.trainer.devices == 1 and not schema.shards(config.trainer.strategy):
         child("vlm_lab.fit", run, log=log)
         return
     for name, value in inputs.items():

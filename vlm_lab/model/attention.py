@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -81,6 +80,8 @@ def one_call(
     **_: Any,
 ) -> Tensor:
     """A packed row by one kernel: `bounds` int32 [samples + 1], `longest` the longest sample; -> [1, L, heads, d]."""
+    from torch.nn.attention.varlen import varlen_attn  # late: registering it takes a tenth of a second of every start
+
     q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # autocast leaves rotated ones wide
     window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys before and after the query's own
     out: Any = varlen_attn(

@@ -70,11 +70,10 @@ class StepFlops:
         self.blocks, self.on_images = inner_blocks(vlm)
         head = vlm.llm.get_output_embeddings()
         self.token, self.head = 0.0, 0.0
-        for module, size in matrices(vlm.llm):
-            trains = any(p.requires_grad for p in module.parameters(recurse=False))
-            cost = 2.0 * size * (1 + upstream + trains)
+        for module, size, times in maps(vlm.llm, upstream):
+            cost = 2.0 * size * times
             self.head, self.token = (cost, self.token) if module is head else (self.head, self.token + cost)
-            upstream |= trains
+        upstream |= any(p.requires_grad for p in vlm.llm.parameters())
         self.square = 2.0 * attention_width(vlm.llm) * (3 if upstream else 1)  # half of L x L, two products
 
     def __call__(self, batch: Batch) -> float:
@@ -107,12 +106,17 @@ def passes(module: nn.Module, upstream: bool) -> tuple[float, bool]:
 
     `upstream`: whether something before the module trains, so that it has to pass gradients on.
     """
-    forward = total = 0.0
-    for part, size in matrices(module):
-        trains = any(p.requires_grad for p in part.parameters(recurse=False))
-        forward, total = forward + size, total + size * (1 + upstream + trains)
-        upstream |= trains
+    costs = [(size, size * times) for _, size, times in maps(module, upstream)]
+    forward, total = (sum(column) for column in zip(*costs, strict=True)) if costs else (0.0, 0.0)
     return total / (forward or 1.0), upstream or any(p.requires_grad for p in module.parameters())
+
+
+def maps(model: nn.Module, upstream: bool) -> Iterator[tuple[nn.Module, float, int]]:
+    """(module, weights that one token meets, products with them in a step: 1 to 3), in the model's order."""
+    for module, size in matrices(model):
+        trains = any(p.requires_grad for p in module.parameters(recurse=False))
+        yield module, size, 1 + upstream + trains
+        upstream |= trains
 
 
 def matrices(model: nn.Module) -> Iterator[tuple[nn.Module, float]]:
@@ -140,8 +144,8 @@ def inner_blocks(vlm: Any) -> tuple[float, bool]:
     if not isinstance(vlm.connector, DeepConnector):
         return 0.0, True
     blocks = vlm.connector.layer_blocks(len(decoder_layers(vlm.llm))).values()
-    sizes = (size * 2 * passes(block, True)[0] for block in blocks for _, size in matrices(block))
-    return sum(sizes), vlm.connector.site == "output"
+    costs = (2.0 * size * times for block in blocks for _, size, times in maps(block, True))
+    return sum(costs), vlm.connector.site == "output"
 
 
 def attention_width(llm: Any) -> int:
