@@ -16,8 +16,7 @@ from PIL import Image
 
 from vlm_lab import build, schema
 from vlm_lab.config import Config
-from vlm_lab.data.loader import Loader, Records
-from vlm_lab.data.mixture import Mixture
+from vlm_lab.data.loader import Loader
 from vlm_lab.model import freeze
 from vlm_lab.module import VLMTraining
 
@@ -33,6 +32,14 @@ LLM = {
     "tie_word_embeddings": True,
 }
 VISION = {"image_size": 112, "patch_size": 16, "width": 192, "depth": 6, "heads": 3}
+THEIR_VISION = {  # the same in transformers' words
+    "image_size": 112,
+    "patch_size": 16,
+    "hidden_size": 192,
+    "intermediate_size": 4 * 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+}
 
 
 def config(folder: Path) -> Config:
@@ -52,28 +59,29 @@ def config(folder: Path) -> Config:
         "stages.align.optimizer=adamw",
         "stages.align.train={encoder: 1.0e-3, connector: 1.0e-3, llm: 1.0e-3}",  # everything, as the peer does
         "connector=mlp",
+        "trainer.num_workers=0",
     ]
     overrides += [f"stages.align.{key}={BATCH}" for key in ("batch", "micro_batch")]
     with initialize_config_dir(str(Path(__file__).resolve().parent.parent / "conf"), version_base="1.3"):
         return schema.check(compose("train", overrides=overrides))
 
 
-def parts(folder: Path, steps: int) -> tuple[Config, VLMTraining, Loader]:
-    cfg = config(folder)
-    stage = cfg.stages["align"]
-    stage.steps = steps
-    vlm = build.vlm(cfg)
+def parts(cfg: Config, name: str, steps: int, device: str = "cpu") -> tuple[VLMTraining, Loader]:
+    """The module and the loader of stage `name`, cut to `steps`; random weights are drawn on `device`."""
+    stage = cfg.stages[name]
+    stage.steps, stage.epochs = steps, None
+    with torch.device(device):
+        vlm = build.vlm(cfg)
     processor = build.processor(cfg, vlm, build.tokenizer(cfg), stage)
-    source = build.sources(cfg)["records"]
-    records = Records([source], Mixture([len(source)], [1.0], cfg.seed), processor)
-    return cfg, VLMTraining(vlm, stage, steps), Loader(records, steps, BATCH, BATCH)
+    return VLMTraining(vlm, stage, steps), build.loader(cfg, stage, processor, rank=0, world=1)
 
 
 def ours(folder: Path, steps: int) -> list[float]:
     """What `python train.py` runs: loader, Lightning Trainer, progress, metrics, contract."""
     from vlm_lab.callbacks import BadRecords, Contract, Meter
 
-    cfg, module, loader = parts(folder, steps)
+    cfg = config(folder)
+    module, loader = parts(cfg, "align", steps)
     meter = Meter("bench", folder / "metrics.jsonl", window=steps)
     callbacks = [meter, BadRecords(0, folder / "bad.jsonl"), Contract()]
     build.trainer(cfg, module.stage, loader, callbacks).fit(module, loader)
@@ -82,7 +90,7 @@ def ours(folder: Path, steps: int) -> list[float]:
 
 def bare(folder: Path, steps: int) -> list[float]:
     """The same network, the same optimizer, the same batches in memory; nothing else."""
-    _, module, loader = parts(folder, steps)
+    module, loader = parts(config(folder), "align", steps)
     batches, vlm = list(loader), module.vlm
     freeze.train_mode(vlm)
     groups = freeze.param_groups(vlm, module.table)
@@ -101,8 +109,8 @@ def transformers_trainer(folder: Path, steps: int) -> list[float]:
     """Stock transformers on the same files, with the same tokenizer and chat text, padded to the longest of a batch."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    cfg, module, _ = parts(folder, steps)
-    tokenizer = build.tokenizer(cfg)
+    cfg = config(folder)
+    stage, tokenizer = cfg.stages["align"], build.tokenizer(cfg)
     records = json.loads((folder / "records.json").read_text())
     stamps: list[float] = []
 
@@ -115,9 +123,9 @@ def transformers_trainer(folder: Path, steps: int) -> list[float]:
         per_device_train_batch_size=BATCH,
         max_steps=steps,
         learning_rate=1e-3,
-        max_grad_norm=module.stage.clip,
+        max_grad_norm=stage.clip,
         optim="adamw_torch_fused",
-        adam_beta2=module.stage.beta2,
+        adam_beta2=stage.beta2,
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -126,31 +134,23 @@ def transformers_trainer(folder: Path, steps: int) -> list[float]:
         dataloader_pin_memory=False,
     )
     collate = llava_collator(tokenizer, folder)
-    Trainer(llava(tokenizer), arguments, collate, records, callbacks=[Clock()]).train()
+    model = llava(tokenizer, THEIR_VISION, {**LLM, "vocab_size": LLM["vocab_size"] + 1})
+    Trainer(model, arguments, collate, records, callbacks=[Clock()]).train()
     return stamps
 
 
-def llava(tokenizer: Any) -> Any:
+def llava(tokenizer: Any, vision: dict[str, int], text: dict[str, Any]) -> Any:
+    """transformers' LLaVA with random weights, from the arguments of its SigLIP's and of Qwen2's config classes."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-    vision = SiglipVisionConfig(
-        hidden_size=192,
-        intermediate_size=192 * 4,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        image_size=112,
-        patch_size=16,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(**{**LLM, "vocab_size": LLM["vocab_size"] + 1})
-    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     return LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=vision,
-            text_config=text,
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
+            text_config=Qwen2Config(**text),
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            image_seq_length=49,
-            **options,
+            image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
         )
     )
 

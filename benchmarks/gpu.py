@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import llava_collator  # noqa: E402
+from benchmarks.contenders import llava, llava_collator, parts  # noqa: E402
 from benchmarks.train_throughput import write_records  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -48,6 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+}
+THEIR_VISION = {  # SigLIP SO400M/14 at 384 px in transformers' words
+    "image_size": 384,
+    "patch_size": 14,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
 }
 TRAIN = {
     "full": "{encoder: 2.0e-6, connector: 1.0e-5, llm: 1.0e-5}",
@@ -136,29 +144,19 @@ def ours(folder: Path, shape: str, tuning: str, steps: int, *more: str) -> dict[
     """Loader, LightningModule, Trainer and callbacks as `python train.py` makes them."""
     from vlm_lab import build
     from vlm_lab.callbacks import BadRecords, Meter
-    from vlm_lab.data.loader import Loader, Records
-    from vlm_lab.data.mixture import Mixture
     from vlm_lab.model.compiled import compile_blocks
     from vlm_lab.model.flops import mfu_counter
-    from vlm_lab.module import VLMTraining
 
     cfg = config(folder, shape, tuning, *more)
-    stage = cfg.stages["instruct"]
-    stage.steps, stage.epochs = steps + WARMUP, None
-    with torch.device("cuda"):
-        vlm = build.vlm(cfg)
-    processor = build.processor(cfg, vlm, build.tokenizer(cfg), stage)
-    source = build.sources(cfg)["records"]
-    records = Records([source], Mixture([len(source)], [1.0], cfg.seed), processor)
-    loader = Loader(records, stage.steps, stage.batch, stage.micro_batch, workers=cfg.trainer.num_workers)
-    module = VLMTraining(vlm, stage, stage.steps).to(torch.bfloat16)
+    module, loader = parts(cfg, "instruct", steps + WARMUP, device="cuda")
+    module, vlm = module.to(torch.bfloat16), module.vlm
     torch.cuda.reset_peak_memory_stats()
     counter = mfu_counter(vlm, torch.cuda.get_device_name(), True)
     assert counter is not None, "no figure for this card in vlm_lab/model/flops.py"
     if cfg.trainer.compile:
         compile_blocks(vlm)
     meter = Meter("bench", folder / "metrics.jsonl", window=steps, mfu=counter)
-    trainer = build.trainer(cfg, stage, loader, [meter, BadRecords(0, folder / "bad.jsonl")])
+    trainer = build.trainer(cfg, module.stage, loader, [meter, BadRecords(0, folder / "bad.jsonl")])
     trainer.fit(module, loader)
     (since, _, tokens, flops), (now, _, tokens_now, flops_now) = meter.marks[0], meter.marks[-1]
     return {
@@ -219,32 +217,12 @@ def peer(folder: Path, shape: str, tuning: str, steps: int) -> dict[str, float]:
     )
     records = json.loads((folder / "records.json").read_text())
     with torch.device("cuda"):
-        model = llava(tokenizer, shape).to(torch.bfloat16)
+        model = llava(tokenizer, THEIR_VISION, SHAPES[shape]).to(torch.bfloat16)
     model = adapted(model) if tuning == "lora" else model
     torch.cuda.reset_peak_memory_stats()
     Counting(model, arguments, collate, records, callbacks=[Clock()]).train()
     real, padded = torch.stack(counts[WARMUP * batch // row :]).sum(0).tolist()
     return speed(stamps[-1] - stamps[WARMUP - 1], steps, real, 1 - real / padded)
-
-
-def llava(tokenizer: Any, shape: str) -> Any:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
-
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full", "image_seq_length": 729}
-    text = Qwen2Config(**SHAPES[shape])
-    return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token, **options)
-    )
 
 
 def adapted(model: Any) -> Any:

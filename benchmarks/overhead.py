@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.contenders import parts  # noqa: E402
+from benchmarks.contenders import config, parts  # noqa: E402
 from benchmarks.train_throughput import write_records  # noqa: E402
 
 STEPS = 40
@@ -34,7 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_records(folder / "data", 24, 24)
-        cfg, module, loader = parts(folder / "data", STEPS)
+        cfg = config(folder / "data")
+        module, loader = parts(cfg, "align", STEPS)
         callbacks = [
             Meter("bench", folder / "metrics.jsonl"),
             BadRecords(0, folder / "bad.jsonl"),
