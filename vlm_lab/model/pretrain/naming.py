@@ -97,10 +97,10 @@ def check_towers(model: DualEncoder) -> None:
         raise ValueError(f"encoder {model.name} was trained without a text tower: open_clip has no model of it alone")
     image = vit(model)
     if not isinstance(image, VisionTransformer) or image.cls_token is None:
-        raise ValueError(
-            f"encoder {model.name}: open_clip's tower is a Vision Transformer with a class token, as CLIP's; "
-            f"{type(image).__name__} here is none"
-        )
+        is_vit = isinstance(image, VisionTransformer)
+        found = "this one has no class token" if is_vit else f"this is {type(image).__name__}"
+        needed = "open_clip's tower is a Vision Transformer with a class token, as CLIP's"
+        raise ValueError(f"encoder {model.name}: {needed}; {found} (encoder=openvision can be exported)")
     first: Any = image.blocks[0]
     if type(first.mlp.act) is not nn.GELU:
         act = type(first.mlp.act).__name__
