@@ -1,8 +1,10 @@
 """Captions for pretraining: `long_caption`, a full synthetic description; `tags`, its nouns; `alt_text`, the web's.
 
-The long one tells everything in the picture, the tags only what there is, from left to right, `placed` in the same few
-words also where it is and what a bar is worth. The alt text is like what is scraped from the web: it covers a part of
-the picture, may be dressed up with noise, and in one case of eight says nothing about the picture at all.
+The long one tells everything in the picture, the tags only what there is, `placed` in four words a thing also where it
+is and what a bar is worth: as many for each thing, so that a toy decoder finds the third one at the same place. All go
+through a picture as one reads: by thirds from top to bottom, and from left to right. The alt text is like what is
+scraped from the web: it covers a part of the picture, may be dressed up with noise, and in one case of eight says
+nothing about the picture at all.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ from vlm_lab.data.scenes.compose import pick, shuffled
 from vlm_lab.data.scenes.vocabulary import WORDS, with_article
 from vlm_lab.data.scenes.world import Chart, Scene, Shape, Sign
 
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 OPENINGS = ("The image shows {}.", "This is a picture of {}.", "We see {}.")
 DRESSINGS = ("{}", "{}", "{}.jpg", "{} - stock photo", "photo of {}", "buy {} online", "{} | {noise}", "{noise} {}")
 PLACES = (
@@ -37,9 +40,7 @@ def _overview(scene: Scene) -> str:
 
 
 def _thing_sentences(scene: Scene, rng: Generator) -> list[str]:
-    """Things are told from left to right, as a person would, so that a place can be matched to a sentence part."""
-    things = sorted(scene.signs + scene.shapes, key=lambda thing: thing.x)
-    parts = [_describe(thing, _place(scene, thing)) for thing in things]
+    parts = [_describe(thing, _place(scene, thing)) for thing in _as_one_reads(scene)]
     sentences = [pick(rng, ("There is {}.", "It has {}.")).format(_join(parts))]
     if scene.count:
         sentences.append(f"Number of {scene.count[0]}: {scene.count[1]}.")
@@ -68,8 +69,13 @@ def _look(shape: Shape) -> str:
 
 
 def _place(scene: Scene, thing: Shape | Sign) -> str:
-    """Where the thing's center is, in thirds of the picture."""
-    return PLACES[min(2, 3 * thing.y // scene.size[1])][min(2, 3 * thing.x // scene.size[0])]
+    row, column = _thirds(scene, thing)
+    return PLACES[row][column]
+
+
+def _thirds(scene: Scene, thing: Shape | Sign) -> tuple[int, int]:
+    """(row, column) of the thing's center, in thirds of the picture."""
+    return min(2, 3 * thing.y // scene.size[1]), min(2, 3 * thing.x // scene.size[0])
 
 
 def _join(parts: Sequence[str]) -> str:
@@ -77,25 +83,27 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def tags(scene: Scene, rng: Generator) -> str:
-    """What there is, from left to right, without places or sizes: "red star, purple sign rain"."""
+    """What there is, without places or sizes: "red star, purple rain" (a sign is told by its text); "blue K bar"."""
     if scene.chart:
-        return ", ".join(f"{bar.color} bar {bar.label}" for bar in scene.chart.bars)
-    return ", ".join(map(_tag, _left_to_right(scene)))
+        return ", ".join(f"{bar.color} {bar.label} bar" for bar in scene.chart.bars)
+    return ", ".join(map(_tag, _as_one_reads(scene)))
 
 
 def placed(scene: Scene, rng: Generator) -> str:
-    """The tags with places and values: "red star top left, purple sign rain center"; "blue bar K 4"."""
+    """The tags with places and values: "red star top left, purple rain middle center"; "blue K bar 4"."""
     if scene.chart:
-        return ", ".join(f"{bar.color} bar {bar.label} {bar.value}" for bar in scene.chart.bars)
-    return ", ".join(f"{_tag(t)} {_place(scene, t).partition(' the ')[2]}" for t in _left_to_right(scene))
+        return ", ".join(f"{bar.color} {bar.label} bar {bar.value}" for bar in scene.chart.bars)
+    things = _as_one_reads(scene)
+    places = [f"{ROWS[row]} {COLUMNS[column]}" for row, column in (_thirds(scene, thing) for thing in things)]
+    return ", ".join(f"{_tag(thing)} {place}" for thing, place in zip(things, places, strict=True))
 
 
-def _left_to_right(scene: Scene) -> list[Sign | Shape]:
-    return sorted([*scene.signs, *scene.shapes], key=lambda thing: thing.x)
+def _as_one_reads(scene: Scene) -> list[Sign | Shape]:
+    return sorted([*scene.signs, *scene.shapes], key=lambda thing: (_thirds(scene, thing)[0], thing.x))
 
 
 def _tag(thing: Sign | Shape) -> str:
-    return _look(thing) if isinstance(thing, Shape) else f"{thing.color} sign {thing.text}"
+    return f"{thing.color} {thing.shape if isinstance(thing, Shape) else thing.text}"
 
 
 def alt_text(scene: Scene, rng: Generator) -> str:

@@ -7,13 +7,14 @@ wording says anything about its answer. Nothing here is rejected or retried; lay
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.vocabulary import BACKGROUNDS, BAR_LABELS, COLORS, SHAPES, WORDS, plural
+from vlm_lab.data.scenes.vocabulary import ALPHABET, BACKGROUNDS, COLORS, SHAPES, WORDS, plural
 from vlm_lab.data.scenes.world import (
     FONTS,
     KINDS,
@@ -35,7 +36,15 @@ RADII = {"small": 0.26, "medium": 0.34, "large": 0.43}  # in shorter sides of a 
 ROOMY = 4  # so many objects at most have large cells
 # How far a shape surely reaches sideways from its center, in radii: what makes two shapes overlap for certain.
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 0.52, "star": 0.6, "cross": 0.95, "heart": 0.8}
-SIGN_LAYOUTS = (("sign", "shape"), ("sign", "shape shape"), ("sign sign", "shape"))
+SIGN_LAYOUTS = (
+    *(("sign",),) * 6,
+    *(("sign", "sign"),) * 2,
+    ("sign", "shape"),
+    ("sign", "shape shape"),
+    ("sign sign", "shape"),
+)
+WRITTEN = {"letter": 0.84, "word": 0.08, "number": 0.08}  # shares; a toy can learn to read the letters
+THICK = ("DejaVuSans-Bold", "DejaVuSansMono-Bold")
 
 Size = tuple[int, int]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
@@ -50,7 +59,7 @@ def compose(seed: int, split: str, index: int) -> Scene:
 def _alone(rng: Generator) -> Scene:
     """One large object, clearly to one side and clearly above or below the middle."""
     size = image_size(rng)
-    r = round(min(size) * (0.2 + 0.08 * rng.random()))
+    r = round(min(size) * (0.23 + 0.09 * rng.random()))
     x, y = (_off_center(rng, side, r) for side in size)
     look = (pick(rng, tuple(COLORS)), pick(rng, SHAPES))
     return Scene(size, "alone", pick(rng, tuple(BACKGROUNDS)), (Shape(*look, "large", x, y, r),))
@@ -60,6 +69,17 @@ def _off_center(rng: Generator, side: int, r: int) -> int:
     """A place on either half of `side`, 20 to 30 % of it from the middle, or at the edge: the shape stays inside."""
     offset = min(side * (0.2 + 0.1 * rng.random()), side / 2 - r)
     return round(side / 2 + pick(rng, (-1, 1)) * offset)
+
+
+def _two(rng: Generator) -> Scene:
+    """Two large objects, one beside or below the other."""
+    size = image_size(rng)
+    looks = zip(some(rng, COLORS, 2), some(rng, SHAPES, 2), strict=True)
+    shapes: list[Shape] = []
+    for look, box in zip(looks, split_box((0, 0, *size), 2, size[0] > size[1]), strict=True):
+        r = round((0.4 + 0.08 * rng.random()) * min(box[2] - box[0], box[3] - box[1]))
+        shapes.append(Shape(*look, "large", *_place(rng, box, r, r), r))
+    return Scene(size, "two", pick(rng, tuple(BACKGROUNDS)), tuple(shapes))
 
 
 def _objects(rng: Generator) -> Scene:
@@ -133,20 +153,20 @@ def _single(rng: Generator, box: Box, look: tuple[str, str]) -> list[Shape]:
 
 
 def _text(rng: Generator) -> Scene:
-    """One or two signs and one or two objects, in bands below or beside each other."""
+    """One or two signs and up to two objects, in bands below or beside each other."""
     stacked = bool(rng.random() < 0.5)
     size = image_size(rng, wide=not stacked)
     bands = [shuffled(rng, band.split()) for band in shuffled(rng, pick(rng, SIGN_LAYOUTS))]
-    colors, names = some(rng, COLORS, 4), some(rng, SHAPES, 2)
+    colors, names, texts = some(rng, COLORS, 4), some(rng, SHAPES, 2), _texts(rng)
     signs: list[Sign] = []
     shapes: list[Shape] = []
-    shares = [0.62 if band[0] == "sign" else 0.38 for band in bands]
+    shares = [0.62 if band[0] == "sign" else 0.38 for band in bands] if any("shape" in band for band in bands) else None
     for band, strip in zip(bands, split_box((0, 0, *size), len(bands), not stacked, shares), strict=True):
         # Signs are wide, so two of them stand one below the other; two objects use the strip's longer side.
         beside = band[0] == "shape" and stacked
         for item, box in zip(band, split_box(strip, len(band), beside), strict=True):
             if item == "sign":
-                signs.append(_sign(rng, box, colors.pop()))
+                signs.append(_sign(rng, box, colors.pop(), texts.pop()))
             else:
                 shapes += _marker(rng, box, min(size), colors.pop(), names.pop())
     return Scene(size, "text", pick(rng, tuple(BACKGROUNDS)), tuple(shapes), tuple(signs))
@@ -158,24 +178,24 @@ def _marker(rng: Generator, box: Box, side: int, color: str, name: str) -> list[
     return [Shape(color, name, scale, *_place(rng, box, r, r), round(r))]
 
 
-def _sign(rng: Generator, box: Box, color: str) -> Sign:
-    """A sign whose letters mostly fill the box; one in six has small print, which a low resolution loses."""
-    text = pick(rng, (_word, _letter, _number))(rng)
-    fill = min((box[2] - box[0] - 4) / (em_width(text) + 0.5), (box[3] - box[1] - 4) / 1.4)
-    scale = pick(rng, ("large", "large", "large", "large", "medium", "small"))
-    px = {"large": fill * (0.85 + 0.15 * rng.random()), "medium": fill * 0.65, "small": 10 + 2 * rng.random()}[scale]
+def _texts(rng: Generator) -> list[str]:
+    """Two different ones."""
+    letters, texts = shuffled(rng, ALPHABET), list[str]()
+    for what in rng.choice(list(WRITTEN), size=2, p=list(WRITTEN.values())):
+        text = {"letter": letters.pop, "word": partial(pick, rng, WORDS), "number": partial(_number, rng)}[str(what)]()
+        texts.append(letters.pop() if text in texts else text)
+    return texts
+
+
+def _sign(rng: Generator, box: Box, color: str, text: str) -> Sign:
+    """A sign whose text mostly fills the box; some words and numbers are small print, which a low resolution loses."""
+    fill = min((box[2] - box[0] - 4) / (em_width(text) + 0.3), (box[3] - box[1] - 4) / 1.16)
+    scale = "large" if len(text) == 1 else pick(rng, ("large", "medium", "small"))
+    px = {"large": fill * (0.9 + 0.1 * rng.random()), "medium": fill * 0.65, "small": 10 + 2 * rng.random()}[scale]
     px = int(min(fill, max(px, 10)))
-    sign = Sign(color, text, pick(rng, FONTS), scale, px, 0, 0)
+    sign = Sign(color, text, pick(rng, THICK if len(text) == 1 else FONTS), scale, px, 0, 0)
     x, y = _place(rng, box, *sign.half_size)
     return replace(sign, x=x, y=y)
-
-
-def _word(rng: Generator) -> str:
-    return pick(rng, WORDS)
-
-
-def _letter(rng: Generator) -> str:
-    return pick(rng, BAR_LABELS)
 
 
 def _number(rng: Generator) -> str:
@@ -186,7 +206,7 @@ def _number(rng: Generator) -> str:
 def _chart(rng: Generator) -> Scene:
     size = image_size(rng)
     n = pick(rng, BARS)
-    looks = zip(some(rng, COLORS, n), some(rng, BAR_LABELS, n), _values(rng, n), strict=True)
+    looks = zip(some(rng, COLORS, n), some(rng, ALPHABET, n), _values(rng, n), strict=True)
     bars = tuple(Bar(*look) for look in looks)
     px = int(min(20, size[0] / n / 1.5, max(10, size[1] * (0.09 + 0.05 * rng.random()))))
     chart = Chart(bars, px, printed=bool(rng.random() < 0.5))
@@ -269,6 +289,7 @@ def some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
 
 _COMPOSERS: dict[str, Callable[[Generator], Scene]] = {
     "alone": _alone,
+    "two": _two,
     "objects": _objects,
     "depth": _depth,
     "text": _text,

@@ -9,15 +9,17 @@ factor of 1.6 for distances, 2 units for bars (by construction). Wordings and th
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import permutations
+from itertools import permutations, product
 
 from numpy.random import Generator
 
 from vlm_lab.data.scenes.compose import BARS, COUNTED, TOTALS, pick, shuffled
-from vlm_lab.data.scenes.vocabulary import BAR_LABELS, COLORS, SHAPES, WORDS
-from vlm_lab.data.scenes.world import TOP_VALUE, Bar, Scene, Sign
+from vlm_lab.data.scenes.vocabulary import ALPHABET, COLORS, SHAPES, WORDS
+from vlm_lab.data.scenes.world import TOP_VALUE, Bar, Scene
 
 PLACE_MARGIN = 0.15  # of the image's side
+HALVES = (("left", 0, 1), ("right", 0, -1), ("top", 1, 1), ("bottom", 1, -1))  # name, axis, direction
+SIDES = (("left of", 0, 1), ("right of", 0, -1), ("above", 1, 1), ("below", 1, -1))
 DISTANCE_RATIO = 1.6
 
 
@@ -37,17 +39,18 @@ class Fact:
 
 @dataclass(frozen=True)
 class Named:
-    """A thing with a place: `name` as in a sentence ("the red object"), `short` as an answer ("red").
-
-    `half_width` and `half_height` matter for wide things only: what stands below a sign is not left of it.
-    """
+    """An object with a place: `name` as in a sentence ("the red object"), `short` as an answer ("red")."""
 
     name: str
     short: str
     x: float
     y: float
-    half_width: float = 0
-    half_height: float = 0
+
+    def at(self, axis: int) -> float:
+        return (self.x, self.y)[axis]
+
+    def clearly_apart(self, other: "Named", axis: int, size: tuple[int, int]) -> bool:
+        return abs(self.at(axis) - other.at(axis)) >= PLACE_MARGIN * size[axis]
 
 
 def shape_by_color(scene: Scene, rng: Generator) -> Iterator[Fact]:
@@ -63,8 +66,10 @@ def color_by_shape(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 
 def color_of_sign(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    if len(scene.signs) == 1:
-        yield Fact("color", "sign", scene.signs[0].color, tuple(COLORS), {"thing": "sign"})
+    alone = len(scene.signs) == 1
+    for sign in shuffled(rng, scene.signs):
+        name = "sign" if alone else f"sign with the {sign.what} {sign.text}"
+        yield Fact("color", "sign" if alone else ("text", sign), sign.color, tuple(COLORS), {"thing": name})
 
 
 def color_of_bar(scene: Scene, rng: Generator) -> Iterator[Fact]:
@@ -81,7 +86,7 @@ def count(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 def sign_text(scene: Scene, rng: Generator) -> Iterator[Fact]:
     for sign in shuffled(rng, scene.signs):
-        pool = {"number": _numbers(len(sign.text)), "letter": BAR_LABELS, "word": WORDS}[sign.what]
+        pool = {"number": _numbers(len(sign.text)), "letter": ALPHABET, "word": WORDS}[sign.what]
         name = "sign" if len(scene.signs) == 1 else f"{sign.color} sign"
         slots = {"what": sign.what, "sign": name}
         yield Fact("sign_text", ("text", sign), sign.text, pool, slots)
@@ -89,38 +94,46 @@ def sign_text(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 def label_of_bar(scene: Scene, rng: Generator) -> Iterator[Fact]:
     for which, bar in _extreme_bars(scene, rng):
-        yield Fact("label_of_bar", which, bar.label, BAR_LABELS, {"which": which})
+        yield Fact("label_of_bar", which, bar.label, ALPHABET, {"which": which})
 
 
 def value_of_bar(scene: Scene, rng: Generator) -> Iterator[Fact]:
     pool = tuple(str(value) for value in range(1, TOP_VALUE + 1))
     for bar in shuffled(rng, scene.chart.bars if scene.chart else ()):
-        yield Fact("value_of_bar", ("value", bar), str(bar.value), pool, {"label": bar.label})
+        name = pick(rng, (f"bar {bar.label}", f"the {bar.color} bar"))
+        yield Fact("value_of_bar", ("value", bar), str(bar.value), pool, {"bar": name})
 
 
-def half(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    """In which half of the image a shape is."""
-    ends = (("left", "right"), ("top", "bottom"))
-    for thing in shuffled(rng, _named_shapes(scene, rng)):
-        for place, side, (first, second) in shuffled(
-            rng, tuple(zip((thing.x, thing.y), scene.size, ends, strict=True))
-        ):
-            if abs(place - side / 2) >= PLACE_MARGIN * side:
-                answer = first if place < side / 2 else second
-                slots = {"a": thing.name, "first": first, "second": second}
-                yield Fact("half", ("half", first, thing), answer, (first, second), slots)
+def shape_in_half(scene: Scene, rng: Generator) -> Iterator[Fact]:
+    """What shape is in one half of the picture, if one object is, and none is near the middle."""
+    for half, axis, way in shuffled(rng, HALVES):
+        offsets = [way * (scene.size[axis] / 2 - (shape.x, shape.y)[axis]) for shape in scene.shapes]
+        there = [shape for shape, offset in zip(scene.shapes, offsets, strict=True) if offset > 0]
+        if len(there) == 1 and min(map(abs, offsets)) >= PLACE_MARGIN * scene.size[axis] / 2:
+            yield Fact("shape_in_half", ("looks", there[0]), there[0].shape, SHAPES, {"half": half})
+
+
+def shape_beside(scene: Scene, rng: Generator) -> Iterator[Fact]:
+    """What shape is left of, right of, above or below another object, where one object alone is."""
+    things = _shapes_by(scene, "color") if "color" in scene.named_by else []
+    for anchor, (side, axis, way) in shuffled(rng, tuple(product(things, SIDES))):
+        pairs = zip(things, scene.shapes, strict=True)
+        there = [pair for pair in pairs if way * (anchor.at(axis) - pair[0].at(axis)) > 0]
+        if len(there) == 1 and there[0][0].clearly_apart(anchor, axis, scene.size):
+            slots = {"side": side, "b": anchor.name}
+            yield Fact("shape_beside", ("looks", there[0][1]), there[0][1].shape, SHAPES, slots)
 
 
 def left_right(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    for a, b in permutations(_named(scene, rng), 2):
-        if abs(a.x - b.x) >= max(PLACE_MARGIN * scene.size[0], a.half_width, b.half_width):
+    for a, b in permutations(shuffled(rng, _named_shapes(scene)), 2):
+        if a.clearly_apart(b, 0, scene.size):
             answer = "left" if a.x < b.x else "right"
             yield Fact("left_right", ("x", frozenset((a, b))), answer, ("left", "right"), {"a": a.name, "b": b.name})
 
 
 def above_below(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    for a, b in permutations(() if scene.chart else _named(scene, rng), 2):
-        if abs(a.y - b.y) >= max(PLACE_MARGIN * scene.size[1], a.half_height, b.half_height):
+    for a, b in permutations(shuffled(rng, _named_shapes(scene)), 2):
+        if a.clearly_apart(b, 1, scene.size):
             answer = "above" if a.y < b.y else "below"
             yield Fact("above_below", ("y", frozenset((a, b))), answer, ("above", "below"), {"a": a.name, "b": b.name})
 
@@ -134,7 +147,7 @@ def taller_shorter(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 def closer(scene: Scene, rng: Generator) -> Iterator[Fact]:
     """Which of two shapes is closer to a third."""
-    for to, a, b in permutations(shuffled(rng, _named_shapes(scene, rng)), 3):
+    for to, a, b in permutations(shuffled(rng, _named_shapes(scene)), 3):
         near, far = sorted((a, b), key=lambda thing: _squared_distance(thing, to))
         if _squared_distance(far, to) >= DISTANCE_RATIO**2 * _squared_distance(near, to):
             slots = {"to": to.name, "a": a.name, "b": b.name}
@@ -143,7 +156,7 @@ def closer(scene: Scene, rng: Generator) -> Iterator[Fact]:
 
 def nearer(scene: Scene, rng: Generator) -> Iterator[Fact]:
     """Which of two overlapping shapes is nearer to the viewer, or farther away."""
-    things = _named_shapes(scene, rng)
+    things = _named_shapes(scene)
     for near, far in shuffled(rng, scene.fronts):
         a, b = shuffled(rng, (things[near], things[far]))
         which, asked = pick(rng, (("nearer to", near), ("farther from", far)))
@@ -158,26 +171,15 @@ def _extreme_bars(scene: Scene, rng: Generator) -> list[tuple[str, Bar]]:
     return shuffled(rng, (("shortest", ranked[0]), ("tallest", ranked[-1])))
 
 
-def _named(scene: Scene, rng: Generator) -> list[Named]:
-    """Everything that has a place, in random order."""
-    if scene.chart:
-        slot = scene.size[0] / len(scene.chart.bars)
-        bars = [Named(f"the {bar.color} bar", bar.color, i * slot, 0) for i, bar in enumerate(scene.chart.bars)]
-        return shuffled(rng, bars)
-    signs = [_named_sign(sign, alone=len(scene.signs) == 1) for sign in scene.signs]
-    return shuffled(rng, _named_shapes(scene, rng) + signs)
+def _named_shapes(scene: Scene) -> list[Named]:
+    """The shapes in drawing order, all named by shape, which has to be recognized, or by color where shapes repeat."""
+    return _shapes_by(scene, "shape" if "shape" in scene.named_by else "color")
 
 
-def _named_shapes(scene: Scene, rng: Generator) -> list[Named]:
-    """The shapes in drawing order, all named by color or all by shape."""
-    if pick(rng, scene.named_by) == "color":
+def _shapes_by(scene: Scene, attribute: str) -> list[Named]:
+    if attribute == "color":
         return [Named(f"the {shape.color} object", shape.color, shape.x, shape.y) for shape in scene.shapes]
     return [Named(f"the {shape.shape}", shape.shape, shape.x, shape.y) for shape in scene.shapes]
-
-
-def _named_sign(sign: Sign, alone: bool) -> Named:
-    name = "sign" if alone else f"{sign.color} sign"
-    return Named(f"the {name}", name, sign.x, sign.y, *sign.half_size)
 
 
 def _squared_distance(a: Named, b: Named) -> float:

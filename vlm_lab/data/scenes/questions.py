@@ -1,11 +1,12 @@
 """Questions about a scene, in the four groups of Cambrian-1's benchmarks: `ask(scene, groups, turns, rng)`.
 
-general (what, color, how many), knowledge (needs no image), ocr_chart (read a word, a number, a bar chart) and
-vision_centric (which half, left or right, above or below, nearer or farther, relative distance). Answers are one or two
+general (what, color, how many), knowledge (needs no image), ocr_chart (read a letter, number, word, or bar chart) and
+vision_centric (what is in one half or beside another object; left or right, above or below, nearer or farther, relative
+distance, of objects that are named by their shape, so that they have to be recognized). Answers are one or two
 words; an eighth of the questions offers options and wants a letter. What is true comes from `facts`, `knowledge`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from numpy.random import Generator
@@ -18,28 +19,35 @@ from vlm_lab.data.scenes.world import Scene
 Template = Callable[[Scene, Generator], Iterator[Fact]]
 
 TEMPLATES: dict[str, tuple[Template, ...]] = {
-    "general": (facts.shape_by_color, facts.color_by_shape, facts.color_of_sign, facts.color_of_bar, facts.count),
+    "general": (facts.shape_by_color, facts.color_by_shape, facts.color_of_sign, facts.count),
     "knowledge": (knowledge.total, knowledge.difference, knowledge.neighbor, knowledge.category),
-    "ocr_chart": (facts.sign_text, facts.label_of_bar, facts.value_of_bar),
+    "ocr_chart": (
+        facts.sign_text,
+        facts.label_of_bar,
+        facts.color_of_bar,
+        facts.value_of_bar,
+        facts.taller_shorter,
+    ),
     "vision_centric": (
-        facts.half,
+        facts.shape_in_half,
+        facts.shape_beside,
         facts.left_right,
         facts.above_below,
-        facts.taller_shorter,
         facts.closer,
         facts.nearer,
     ),
 }
 GROUPS = tuple(TEMPLATES)
 
-# In which order a conversation goes through the groups, by kind of scene. Only some scenes have something to read, and
-# those make up for the others. Each starts with a question that needs the image.
+# What a conversation asks, by kind of scene: the groups take turns, each as often as it stands here. Only some scenes
+# have something to read, and those make up for the others.
 TURNS: dict[str, tuple[str, ...]] = {
     "alone": ("general", "vision_centric", "knowledge"),
+    "two": ("vision_centric", "general", "knowledge"),
     "objects": ("general", "vision_centric", "knowledge"),
     "depth": ("vision_centric", "general", "knowledge"),
-    "text": ("ocr_chart", "vision_centric", "ocr_chart", "general", "knowledge"),
-    "chart": ("ocr_chart", "general", "ocr_chart", "vision_centric", "ocr_chart", "ocr_chart", "knowledge"),
+    "text": ("ocr_chart", "general", "ocr_chart", "general", "knowledge"),
+    "chart": ("ocr_chart", "general", "ocr_chart", "ocr_chart", "ocr_chart", "knowledge"),
 }
 
 WORDINGS: dict[str, tuple[str, ...]] = {
@@ -52,8 +60,9 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "category": ("Is {item} {a} or {b}?",),
     "sign_text": ("What {what} is written on the {sign}?", "Read the {what} on the {sign}."),
     "label_of_bar": ("Which bar is the {which}?", "What is the label of the {which} bar?"),
-    "value_of_bar": ("What is the value of bar {label}?", "How high is bar {label}?"),
-    "half": ("Is {a} in the {first} or in the {second} half?", "Is {a} in the {first} half or the {second} half?"),
+    "value_of_bar": ("What is the value of {bar}?", "How high is {bar}?"),
+    "shape_in_half": ("What shape is in the {half} half?", "Which shape is in the {half} half of the image?"),
+    "shape_beside": ("What shape is {side} {b}?", "Which shape is {side} {b}?"),
     "left_right": ("Is {a} to the left or to the right of {b}?", "Is {a} left or right of {b}?"),
     "above_below": ("Is {a} above or below {b}?", "Compared to {b}, is {a} above or below?"),
     "taller_shorter": ("Is {a} taller or shorter than {b}?", "Compared to {b}, is {a} taller or shorter?"),
@@ -90,24 +99,25 @@ def bears(kind: str, groups: Sequence[str]) -> bool:
 
 def ask(scene: Scene, groups: Sequence[str], turns: int, rng: Generator) -> list[Question]:
     """Up to `turns` different questions on one scene, in random order; at least one if the scene bears the groups."""
-    waiting = [group for group in TURNS[scene.kind] if group in groups]
-    wells = {group: _well(scene, group, rng) for group in waiting}
+    waiting = shuffled(rng, [group for group in TURNS[scene.kind] if group in groups])
+    told: set[Hashable] = set()
+    wells = {group: _well(scene, group, told, rng) for group in waiting}
     asked: list[Question] = []
     while waiting and len(asked) < turns:
         group = waiting.pop(0)
         fact = next(wells[group], None)
         if fact is not None:
             asked.append(word(group, fact, WORDINGS[fact.template], rng))
-            waiting.append(group)
+            if group != "knowledge" or len(wells) == 1:  # it never runs dry: beside others it has one turn
+                waiting.append(group)
     return shuffled(rng, asked)
 
 
-def _well(scene: Scene, group: str, rng: Generator) -> Iterator[Fact]:
-    """The group's facts about this scene, one template after the other, until all are used up."""
+def _well(scene: Scene, group: str, told: set[Hashable], rng: Generator) -> Iterator[Fact]:
+    """The group's facts about this scene, without those `told` already, one template after the other."""
     # Only the few depth scenes can be asked what is nearer, so there it goes first.
     templates = sorted(shuffled(rng, TEMPLATES[group]), key=lambda each: not (scene.fronts and each is facts.nearer))
     running = [template(scene, rng) for template in templates]
-    told = set()
     while running:
         source = running.pop(0)
         fact = next((fact for fact in source if fact.key not in told), None)

@@ -14,8 +14,9 @@ from vlm_lab.data.scenes.questions import GROUPS, ask
 from vlm_lab.data.scenes.source import REQUESTS, hash_of, require, require_index
 from vlm_lab.data.scenes.world import SPLITS, Scene, stream
 
-TELLERS, SHARES = (tags, placed, long_caption), (0.4, 0.5, 0.1)  # what a picture is told by
-KINDS = {"running": 0.1, "retold": 0.3, "answers": 0.5, "known": 0.1}  # shares
+SEEN = tuple(group for group in GROUPS if group != "knowledge")
+TELLERS, SHARES = (tags, placed, long_caption), (0.1, 0.8, 0.1)  # what a picture is told by
+KINDS = {"running": 0.1, "retold": 0.2, "answers": 0.6, "known": 0.1}  # shares
 
 
 class SceneText:
@@ -47,7 +48,7 @@ def running(scene: Scene, rng: Generator) -> tuple[Message, ...]:
 def answers(scene: Scene, rng: Generator) -> tuple[Message, ...]:
     """A description, and questions about it."""
     told = TELLERS[int(rng.choice(len(TELLERS), p=SHARES))]
-    groups = {tags: ("general",), placed: ("general", "vision_centric")}.get(told, GROUPS)  # that it tells of
+    groups = {tags: ("general",), placed: SEEN}.get(told, GROUPS)  # that it tells of
     return asked(told(scene, rng), scene, groups, rng)
 
 

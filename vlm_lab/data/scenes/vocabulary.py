@@ -34,8 +34,9 @@ water west wind wolf wood yard zoo
 """
 WORDS = tuple(_WORDS.split())
 
-# No A to D (they are option letters) and none that looks like a digit.
-BAR_LABELS = tuple("EFHKLMNPRTVX")
+# On signs and below bars. Few, and unlike each other, so that a toy can learn to tell them apart; no A to D (they are
+# option letters) and none that looks like a digit.
+ALPHABET = tuple("HLTVX")
 
 # Category pairs whose members nobody would argue about.
 CATEGORIES: dict[tuple[str, str], tuple[tuple[str, ...], tuple[str, ...]]] = {

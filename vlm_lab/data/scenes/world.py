@@ -11,11 +11,11 @@ import numpy as np
 from numpy.random import Generator
 
 # Raise it when any record or picture changes: it is part of fingerprints and of cache file names.
-WORLD_VERSION = 4
+WORLD_VERSION = 5
 
 SPLITS = ("train", "val")
-# Every run of eight scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
-KINDS = ("alone", "alone", "alone", "objects", "objects", "depth", "text", "chart")
+# Every run of thirteen scenes (a block) holds this mix, in random order: any stretch of a split has every kind.
+KINDS = (*("alone",) * 3, *("two",) * 3, "objects", "depth", *("text",) * 4, "chart")
 STREAMS = ("scene", "kinds", "caption", "question", "comparison", "clip", "wording", "document", "text")
 
 FONTS = ("Pillow", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono-Bold")
@@ -54,7 +54,7 @@ class Sign:
     @property
     def half_size(self) -> tuple[int, int]:
         """Half width and half height of the plate, in pixels."""
-        return round(self.px * (em_width(self.text) + 0.5) / 2), round(self.px * 0.7)
+        return round(self.px * (em_width(self.text) + 0.3) / 2), round(self.px * 0.58)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def stream(seed: int, split: str, index: int, purpose: str) -> Generator:
 
 
 def block_kinds(seed: int, split: str, block: int) -> tuple[str, ...]:
-    """The kinds of the scenes `block * 8` to `block * 8 + 7`."""
+    """The kinds of the scenes of a block, the first of which is number `block * len(KINDS)`."""
     return tuple(KINDS[i] for i in stream(seed, split, block, "kinds").permutation(len(KINDS)))
 
 
