@@ -14,9 +14,10 @@ from test_fit import fit
 from torch import Tensor
 
 from vlm_lab.callbacks import Features
-from vlm_lab.callbacks.features import PROBE, CachedTower, fingerprint, keys_of
+from vlm_lab.callbacks.features import GROUP, PROBE, CachedTower, fingerprint, in_groups, keys_of
 from vlm_lab.data.process import Processor
 from vlm_lab.feature_store import FeatureStore
+from vlm_lab.model.encoders import TimmEncoder
 from vlm_lab.model.features import FeatureMap
 from vlm_lab.module import VLMTraining
 
@@ -49,6 +50,23 @@ def test_on_equals_off(processor: Processor, tmp_path: Path, dtype: str | None) 
     assert size == 4 * 16 * (4 if dtype is None else 2)  # tokens * channels * bytes
     if dtype is not None:
         assert losses != trained(processor, tmp_path, "off")[1]
+
+
+@pytest.mark.parametrize("side, patch, width", [(64, 16, 128), (96, 8, 192), (72, 8, 96), (56, 8, 64), (32, 16, 64)])
+def test_a_view_has_the_same_features_in_any_company(side: int, patch: int, width: int) -> None:
+    """To the bit, at 4 to 144 patches: a matrix product of other rows may round in other places."""
+    torch.manual_seed(0)
+    encoder = TimmEncoder(
+        "vit_base_patch16_siglip_224", None, image_size=side, patch_size=patch, width=width, depth=2, heads=2
+    )
+    views = torch.randint(0, 255, (2 * GROUP + 3, 3, side, side), dtype=torch.uint8)
+    compute = in_groups(encoder.eval())
+    with torch.no_grad():
+        found = compute(views)
+        torch.testing.assert_close(found.tokens, encoder(views).tokens, rtol=1e-4, atol=1e-5)
+        for number in (1, 2, 3, 5, 8, 13):
+            some = torch.randperm(len(views))[:number]
+            assert torch.equal(compute(views[some]).tokens, found.tokens[some])
 
 
 def test_what_trains_is_computed(processor: Processor, tmp_path: Path) -> None:

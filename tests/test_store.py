@@ -72,7 +72,7 @@ def test_data_counts_by_fingerprint() -> None:
     changed = {**FINGERPRINTS, "questions": "other"}
     assert keys()["instruct"] != keys(fingerprints=changed)["instruct"]
     assert keys()["align"] != keys(fingerprints=changed)["align"]  # the tokenizer has read the questions
-    hub = ("llm.tokenizer=some/path",)
+    hub = ("llm.tokenizer=some/path", "~data.mixtures.caption.questions")
     assert keys(*hub)["align"] == keys(*hub, fingerprints=changed)["align"]
 
 
@@ -84,7 +84,7 @@ SPECIAL = {  # another value that the keys can be computed with
     (Stage, "mixture"): "instruct",
     (Stage, "objective"): "next_token",
     (Config, "init"): "hf:some/model",
-    (Data, "mixtures"): {"caption": {"captions": 0.5, "questions": 0.5}, "instruct": {"questions": 1.0}},
+    (Data, "mixtures"): {"caption": {"captions": 0.7, "questions": 0.3}, "instruct": {"questions": 1.0}},
 }
 NESTED = {(Config, "stages"), (Config, "data"), (Config, "trainer"), (Config, "eval"), (Data, "sources")}
 """Fields whose own fields are tested; sources count by their fingerprints."""

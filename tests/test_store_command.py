@@ -55,8 +55,8 @@ def test_ls(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     out = command(monkeypatch, capsys, "--store", output / "store", "ls")
     rows = [re.findall(r"[\w.,]+", line) for line in out.splitlines() if re.match(r"│ [0-9a-f]{16}", line)]
     assert sorted((row[1], row[2], row[3], row[-1]) for row in rows) == [
-        ("align", "300", "12,345", "2"),  # linked to by both runs
-        ("instruct", "300", "12,345", "1"),
+        ("align", "400", "12,345", "2"),  # linked to by both runs
+        ("instruct", "500", "12,345", "1"),
         ("instruct", "7", "12,345", "1"),
     ]
     assert f"unfinished: {output}/store/abc.partial" in out.replace("\n", "")
@@ -68,7 +68,7 @@ def test_why(output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     out = command(monkeypatch, capsys, "why", run, "instruct").replace("\n", " ")
     assert "which is in the store" in out
     assert "(stage instruct), which differs in:" in out
-    assert "stage.steps: here 7, there 300" in out
+    assert "stage.steps: here 7, there 500" in out
     assert re.search(r"stage\.train\.llm\.lr: here 0\.002, there 0\.003", out)
     assert out.count(": here") == 2
     monkeypatch.setattr(sys, "argv", ["store", "why", str(run), "algin"])

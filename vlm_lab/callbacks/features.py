@@ -24,6 +24,7 @@ from vlm_lab.module import VLMTraining
 from vlm_lab.strategies import shards_weights
 
 PROBE = 3  # rows of a stage in which features are both computed and looked up; the first is for warming up
+GROUP = 8  # views that a CPU encodes at once: how many they are decides where matrix products round
 
 
 class Features(Callback):
@@ -44,9 +45,10 @@ class Features(Callback):
         for name, encoder in vlm.encoder.items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
                 continue
-            compute = rounded(encoder, self.dtype)
+            sharded = shards_weights(trainer)
+            compute = rounded(encoder if sharded else in_groups(encoder), self.dtype)
             vlm.lookups[name] = compute
-            if self.mode != "off" and not shards_weights(trainer):
+            if self.mode != "off" and not sharded:
                 again = self.shared or self.draws > self.records
                 folder = self.folder / fingerprint(encoder, f"{self.dtype} {trainer.precision} {chip(module.device)}")
                 views = min(self.draws, self.records)
@@ -173,7 +175,23 @@ class CachedTower:
         )
 
 
-def rounded(encoder: nn.Module, dtype: str | None) -> Callable[[Tensor], FeatureMap]:
+def in_groups(encoder: nn.Module) -> Callable[[Tensor], FeatureMap]:
+    """On a CPU the same features, to the bit, in whatever company a view comes: always `GROUP` views, filled up.
+
+    Not for an encoder whose weights are sharded: processes with other numbers of views would wait for each other.
+    """
+
+    def compute(pixels: Tensor) -> FeatureMap:
+        if pixels.device.type != "cpu":
+            return encoder(pixels)
+        filled = torch.cat([pixels, pixels[:1].expand(-len(pixels) % GROUP, -1, -1, -1)])
+        maps = [encoder(views) for views in filled.split(GROUP)]
+        return maps[0]._replace(tokens=torch.cat([found.tokens for found in maps])[: len(pixels)])
+
+    return compute
+
+
+def rounded(encoder: Callable[[Tensor], FeatureMap], dtype: str | None) -> Callable[[Tensor], FeatureMap]:
     """The encoder, its features rounded to `dtype` (None: left as they are), in the cache or not.
 
     Contiguous, as they come from the cache: matrix products round in other places for other layouts of memory.
