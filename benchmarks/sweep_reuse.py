@@ -32,6 +32,7 @@ HOW = (
 )
 ARMS = [[*how, f"stages.instruct.train.connector={rate}"] for rate, how in product(RATES, HOW)]
 RECORDS, BATCH = 96, 8
+CONNECTORS = ("mlp", "pixel_shuffle")  # all 144 tokens of a view go into the LLM, or a quarter of them
 SHAPE = {"image_size": 96, "patch_size": 8, "width": 192, "depth": 6, "heads": 3}
 SETTINGS = [
     "bootstrap=[]",
@@ -58,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.only in (None, "epochs"):
-            epochs(Path(folder) / "epochs")
+            for connector in CONNECTORS:
+                epochs(Path(folder) / connector, connector)
         if args.only in (None, "sweep"):
             steps = [f"stages.align.steps={args.align}", f"stages.instruct.steps={args.instruct}"]
             sweep(Path(folder), ARMS[: args.arms], steps, args.cache)
@@ -122,7 +124,7 @@ def losses_of(path: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
 
 
-def epochs(output: Path, count: int = 4) -> None:
+def epochs(output: Path, connector: str, count: int = 4) -> None:
     """Seconds of CPU per epoch of a stage with a frozen encoder, in this process; the first epoch fills the cache."""
     import torch
     from hydra import compose, initialize_config_dir
@@ -132,7 +134,7 @@ def epochs(output: Path, count: int = 4) -> None:
     torch.set_num_threads(1)
     schema.register_resolvers()
     steps = RECORDS // BATCH
-    options = [*SETTINGS, "stage=[instruct]", f"stages.instruct.steps={count * steps}", FROZEN, f"output={output}"]
+    options = [*SETTINGS, f"connector={connector}", "stage=[instruct]", f"stages.instruct.steps={count * steps}", FROZEN, f"output={output}"]
     options = [option for option in options if not option.startswith("stages.align")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         modes = {mode: schema.check(compose("train", [*options, f"trainer.feature_cache={mode}"])) for mode in MODES}
@@ -143,7 +145,7 @@ def epochs(output: Path, count: int = 4) -> None:
         print(f"cache {mode}: CPU seconds per epoch {[round(s, 2) for s in seconds]}")
     later = [sum(found[mode][0][1:]) for mode in MODES]
     gap = max(abs(a - b) for a, b in zip(found["off"][1], found["auto"][1], strict=True))
-    print(f"from the second epoch on, off / auto = {later[0] / later[1]:.2f}; losses equal: {equal} (within {gap:.1e})")
+    print(f"{connector}: from the second epoch on, off / auto = {later[0] / later[1]:.2f}; losses equal: {equal} (within {gap:.1e})")
 
 
 MODES = ("off", "auto")
