@@ -134,7 +134,8 @@ def epochs(output: Path, connector: str, count: int = 4) -> None:
     torch.set_num_threads(1)
     schema.register_resolvers()
     steps = RECORDS // BATCH
-    options = [*SETTINGS, f"connector={connector}", "stage=[instruct]", f"stages.instruct.steps={count * steps}", FROZEN, f"output={output}"]
+    length = f"stages.instruct.steps={count * steps}"
+    options = [*SETTINGS, f"connector={connector}", "stage=[instruct]", length, FROZEN, f"output={output}"]
     options = [option for option in options if not option.startswith("stages.align")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         modes = {mode: schema.check(compose("train", [*options, f"trainer.feature_cache={mode}"])) for mode in MODES}
@@ -145,7 +146,8 @@ def epochs(output: Path, connector: str, count: int = 4) -> None:
         print(f"cache {mode}: CPU seconds per epoch {[round(s, 2) for s in seconds]}")
     later = [sum(found[mode][0][1:]) for mode in MODES]
     gap = max(abs(a - b) for a, b in zip(found["off"][1], found["auto"][1], strict=True))
-    print(f"{connector}: from the second epoch on, off / auto = {later[0] / later[1]:.2f}; losses equal: {equal} (within {gap:.1e})")
+    ratio = later[0] / later[1]
+    print(f"{connector}: from the second epoch on, off / auto = {ratio:.2f}; losses equal: {equal} (within {gap:.1e})")
 
 
 MODES = ("off", "auto")

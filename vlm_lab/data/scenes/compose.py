@@ -181,8 +181,13 @@ def _marker(rng: Generator, box: Box, side: int, color: str, name: str) -> list[
 def _texts(rng: Generator) -> list[str]:
     """Two different ones."""
     letters, texts = shuffled(rng, ALPHABET), list[str]()
+    writers: dict[str, Callable[[], str]] = {
+        "letter": letters.pop,
+        "word": partial(pick, rng, WORDS),
+        "number": partial(_number, rng),
+    }
     for what in rng.choice(list(WRITTEN), size=2, p=list(WRITTEN.values())):
-        text = {"letter": letters.pop, "word": partial(pick, rng, WORDS), "number": partial(_number, rng)}[str(what)]()
+        text = writers[what]()
         texts.append(letters.pop() if text in texts else text)
     return texts
 
