@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.compose import pick, shuffled
+from vlm_lab.data.scenes.layout import pick, shuffled
 from vlm_lab.data.scenes.vocabulary import WORDS, with_article
 from vlm_lab.data.scenes.world import Chart, Scene, Shape, Sign
 

@@ -12,8 +12,8 @@ from itertools import pairwise, permutations
 from numpy.random import Generator
 
 from vlm_lab.data.scenes.comparisons import LOOKS, Puzzle
-from vlm_lab.data.scenes.compose import Box, grid_centers, image_size, pick, shuffled, some, split_box
 from vlm_lab.data.scenes.facts import Fact
+from vlm_lab.data.scenes.layout import Box, grid_centers, image_size, pick, shuffled, some, split_box
 from vlm_lab.data.scenes.vocabulary import BACKGROUNDS, COLORS, SHAPES
 from vlm_lab.data.scenes.world import Scene, Shape, stream
 

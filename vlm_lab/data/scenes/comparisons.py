@@ -13,8 +13,8 @@ from itertools import product
 
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.compose import RADII, grid_centers, image_size, pick, radius, some
 from vlm_lab.data.scenes.facts import Fact
+from vlm_lab.data.scenes.layout import RADII, grid_centers, image_size, pick, radius, some
 from vlm_lab.data.scenes.vocabulary import BACKGROUNDS, COLORS, SHAPES, plural
 from vlm_lab.data.scenes.world import Scene, Shape, stream
 

@@ -5,15 +5,26 @@ that it is true. The rest follows from symmetry: colors, shapes, places and orde
 wording says anything about its answer. Nothing here is rejected or retried; layouts are built to fit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 from numpy.random import Generator
 
+from vlm_lab.data.scenes.layout import (
+    RADII,
+    ROOMY,
+    Box,
+    grid_centers,
+    image_size,
+    pick,
+    place,
+    radius,
+    shuffled,
+    some,
+    split_box,
+)
 from vlm_lab.data.scenes.vocabulary import ALPHABET, BACKGROUNDS, COLORS, SHAPES, WORDS, plural
 from vlm_lab.data.scenes.world import (
     FONTS,
@@ -32,8 +43,6 @@ from vlm_lab.data.scenes.world import (
 COUNTED = (1, 2, 3, 4)  # how many of one shape or one color
 TOTALS = (2, 3, 4, 5)  # how many objects in all
 BARS = (2, 3, 4)
-RADII = {"small": 0.26, "medium": 0.34, "large": 0.43}  # in shorter sides of a grid's cell
-ROOMY = 4  # so many objects at most have large cells
 # How far a shape surely reaches sideways from its center, in radii: what makes two shapes overlap for certain.
 REACH = {"circle": 1.0, "square": 0.88, "triangle": 0.52, "star": 0.6, "cross": 0.95, "heart": 0.8}
 SIGN_LAYOUTS = (
@@ -45,10 +54,6 @@ SIGN_LAYOUTS = (
 )
 WRITTEN = {"letter": 0.84, "word": 0.08, "number": 0.08}  # shares; a toy can learn to read the letters
 THICK = ("DejaVuSans-Bold", "DejaVuSansMono-Bold")
-
-Size = tuple[int, int]
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-Item = TypeVar("Item")
 
 
 def compose(seed: int, split: str, index: int) -> Scene:
@@ -78,7 +83,7 @@ def _two(rng: Generator) -> Scene:
     shapes: list[Shape] = []
     for look, box in zip(looks, split_box((0, 0, *size), 2, size[0] > size[1]), strict=True):
         r = round((0.4 + 0.08 * rng.random()) * min(box[2] - box[0], box[3] - box[1]))
-        shapes.append(Shape(*look, "large", *_place(rng, box, r, r), r))
+        shapes.append(Shape(*look, "large", *place(rng, box, r, r), r))
     return Scene(size, "two", pick(rng, tuple(BACKGROUNDS)), tuple(shapes))
 
 
@@ -139,7 +144,7 @@ def _pair(rng: Generator, box: Box, far: tuple[str, str], near: tuple[str, str])
     far_r = r * shrink
     apart = (REACH[near[1]] * r + REACH[far[1]] * far_r) * (0.78 + 0.12 * rng.random())
     half_width, side = (apart + r + far_r) / 2, pick(rng, (-1, 1))
-    x, y = _place(rng, box, half_width, r * 1.25)
+    x, y = place(rng, box, half_width, r * 1.25)
     drop = r * 0.15 * (rng.random() - 0.5)
     scales = ("medium", "medium") if shrink == 1 else ("small", "large")
     behind = Shape(*far, scales[0], round(x - side * (half_width - far_r)), round(y - drop), round(far_r))
@@ -149,7 +154,7 @@ def _pair(rng: Generator, box: Box, far: tuple[str, str], near: tuple[str, str])
 
 def _single(rng: Generator, box: Box, look: tuple[str, str]) -> list[Shape]:
     r = min(box[2] - box[0], box[3] - box[1]) * 0.25
-    return [Shape(*look, "medium", *_place(rng, box, r, r), round(r))]
+    return [Shape(*look, "medium", *place(rng, box, r, r), round(r))]
 
 
 def _text(rng: Generator) -> Scene:
@@ -175,7 +180,7 @@ def _text(rng: Generator) -> Scene:
 def _marker(rng: Generator, box: Box, side: int, color: str, name: str) -> list[Shape]:
     scale = pick(rng, tuple(RADII))
     r = min(RADII[scale] * side / 2, (min(box[2] - box[0], box[3] - box[1]) - 4) / 2)
-    return [Shape(color, name, scale, *_place(rng, box, r, r), round(r))]
+    return [Shape(color, name, scale, *place(rng, box, r, r), round(r))]
 
 
 def _texts(rng: Generator) -> list[str]:
@@ -199,7 +204,7 @@ def _sign(rng: Generator, box: Box, color: str, text: str) -> Sign:
     px = {"large": fill * (0.9 + 0.1 * rng.random()), "medium": fill * 0.65, "small": 10 + 2 * rng.random()}[scale]
     px = int(min(fill, max(px, 10)))
     sign = Sign(color, text, pick(rng, THICK if len(text) == 1 else FONTS), scale, px, 0, 0)
-    x, y = _place(rng, box, *sign.half_size)
+    x, y = place(rng, box, *sign.half_size)
     return replace(sign, x=x, y=y)
 
 
@@ -227,69 +232,6 @@ def _values(rng: Generator, n: int) -> list[int]:
     gaps = 2 + np.bincount(rng.integers(n, size=TOP_VALUE - 2 * n), minlength=n)
     turned = (np.cumsum(gaps) + rng.integers(TOP_VALUE)) % TOP_VALUE + 1
     return [int(value) for value in rng.permutation(turned)]
-
-
-def image_size(rng: Generator, wide: bool | None = None) -> Size:
-    """(width, height): sides of 80 to 200 pixels, aspect 1:2 to 2:1, mostly near 1; `wide=None`: either orientation."""
-    longer = int(rng.integers(110, 201))
-    shorter = round(longer / (1 + rng.random() ** 2 * (min(2.0, longer / 80) - 1)))
-    wide = bool(rng.random() < 0.5) if wide is None else wide
-    return (longer, shorter) if wide else (shorter, longer)
-
-
-def grid(size: Size, n: int) -> tuple[int, int]:
-    """(columns, rows) of a grid with a cell for each of `n` objects: large ones if they are few."""
-    square = max(size) < 1.4 * min(size)
-    along, across = ((2, 2) if square else (3, 2)) if n <= ROOMY else ((3, 3) if square else (4, 2))
-    return (along, across) if size[0] > size[1] else (across, along)
-
-
-def radius(scale: str, size: Size, n: int) -> int:
-    """Of an object among `n`, in pixels."""
-    columns, rows = grid(size, n)
-    return round(RADII[scale] * min(size[0] / columns, size[1] / rows))
-
-
-def grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int, int]]:
-    """Centers in different cells of a grid whose cells hold the largest shape: nothing overlaps."""
-    columns, rows = grid(size, len(radii))
-    boxes = [box for row in split_box((0, 0, *size), rows, False) for box in split_box(row, columns, True)]
-    return [_place(rng, box, r, r) for box, r in zip(some(rng, boxes, len(radii)), radii, strict=True)]
-
-
-def split_box(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
-    """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of 1."""
-    x0, y0, x1, y1 = box
-    edges = np.cumsum([0.0, *(shares or [1 / n] * n)]).tolist()
-    spans = pairwise(edges)
-    if beside:
-        return [(x0 + a * (x1 - x0), y0, x0 + b * (x1 - x0), y1) for a, b in spans]
-    return [(x0, y0 + a * (y1 - y0), x1, y0 + b * (y1 - y0)) for a, b in spans]
-
-
-def _place(rng: Generator, box: Box, half_width: float, half_height: float) -> tuple[int, int]:
-    """A random center at which something of this size stays inside the box.
-
-    Only the middle half of the free room is used, so that things in neighboring boxes are surely apart by the margin
-    that position questions ask for (`facts.PLACE_MARGIN`).
-    """
-    free_x = max(0.0, box[2] - box[0] - 2 * half_width) / 2
-    free_y = max(0.0, box[3] - box[1] - 2 * half_height) / 2
-    x = (box[0] + box[2]) / 2 + free_x * (rng.random() - 0.5)
-    return round(x), round((box[1] + box[3]) / 2 + free_y * (rng.random() - 0.5))
-
-
-def pick(rng: Generator, items: Sequence[Item]) -> Item:
-    return items[int(rng.integers(len(items)))]
-
-
-def shuffled(rng: Generator, items: Sequence[Item]) -> list[Item]:
-    return [items[i] for i in rng.permutation(len(items))]
-
-
-def some(rng: Generator, items: Iterable[Item], n: int) -> list[Item]:
-    """`n` different items in random order."""
-    return shuffled(rng, tuple(items))[:n]
 
 
 _COMPOSERS: dict[str, Callable[[Generator], Scene]] = {

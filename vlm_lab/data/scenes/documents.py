@@ -12,7 +12,7 @@ from numpy.random import Generator
 from vlm_lab.data.scenes import knowledge
 from vlm_lab.data.scenes.captions import long_caption, tags
 from vlm_lab.data.scenes.comparisons import ORDINALS
-from vlm_lab.data.scenes.compose import pick
+from vlm_lab.data.scenes.layout import pick
 from vlm_lab.data.scenes.vocabulary import WORDS, with_article
 from vlm_lab.data.scenes.world import Scene
 

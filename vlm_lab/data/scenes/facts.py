@@ -13,7 +13,8 @@ from itertools import permutations, product
 
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.compose import BARS, COUNTED, TOTALS, pick, shuffled
+from vlm_lab.data.scenes.compose import BARS, COUNTED, TOTALS
+from vlm_lab.data.scenes.layout import pick, shuffled
 from vlm_lab.data.scenes.vocabulary import ALPHABET, COLORS, SHAPES, WORDS
 from vlm_lab.data.scenes.world import TOP_VALUE, Bar, Scene
 

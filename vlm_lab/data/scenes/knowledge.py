@@ -10,8 +10,8 @@ from string import ascii_uppercase
 
 from numpy.random import Generator
 
-from vlm_lab.data.scenes.compose import shuffled
 from vlm_lab.data.scenes.facts import Fact
+from vlm_lab.data.scenes.layout import shuffled
 from vlm_lab.data.scenes.vocabulary import CATEGORIES, with_article
 from vlm_lab.data.scenes.world import Scene
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from numpy.random import Generator
 
 from vlm_lab.data.scenes import facts, knowledge
-from vlm_lab.data.scenes.compose import pick, shuffled
 from vlm_lab.data.scenes.facts import Fact
+from vlm_lab.data.scenes.layout import pick, shuffled
 from vlm_lab.data.scenes.world import Scene
 
 Template = Callable[[Scene, Generator], Iterator[Fact]]

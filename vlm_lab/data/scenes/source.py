@@ -15,8 +15,9 @@ from typing import Any
 from vlm_lab.data.sample import ImageSlot, Message, Sample
 from vlm_lab.data.scenes.cache import ImageCache, SceneImage
 from vlm_lab.data.scenes.captions import CAPTIONS
-from vlm_lab.data.scenes.compose import compose, pick
+from vlm_lab.data.scenes.compose import compose
 from vlm_lab.data.scenes.formats import STYLES, styled
+from vlm_lab.data.scenes.layout import pick
 from vlm_lab.data.scenes.questions import GROUPS, Question, ask, bears
 from vlm_lab.data.scenes.world import KINDS, SPLITS, WORLD_VERSION, block_kinds, stream
 

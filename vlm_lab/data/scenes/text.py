@@ -9,7 +9,8 @@ from numpy.random import Generator
 
 from vlm_lab.data.sample import Message, Sample, document
 from vlm_lab.data.scenes.captions import alt_text, long_caption, placed, tags
-from vlm_lab.data.scenes.compose import compose, pick
+from vlm_lab.data.scenes.compose import compose
+from vlm_lab.data.scenes.layout import pick
 from vlm_lab.data.scenes.questions import GROUPS, ask
 from vlm_lab.data.scenes.source import REQUESTS, hash_of, require, require_index
 from vlm_lab.data.scenes.world import SPLITS, Scene, stream
