@@ -7,6 +7,7 @@ the encoder frozen. Steps mix texts, questions on one image and on several, so t
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -163,19 +164,41 @@ def test_killed_and_resumed(double: dict[str, Path], tmp_path: Path, cache: Path
     """Killed behind a checkpoint; the continued stage has the same losses and weights, bit for bit."""
     before = shard_everything if strategy == "zero3" else None
     run = run_folder(tmp_path, cache, *overrides(strategy))
+    kill_behind_a_checkpoint(run, before)
     store, keys = store_of(run)
+    found = latest(store.partial(keys["align"]) / "checkpoints")
+    assert found is not None and found.stem == "step-2"
+    train_tree(run, "align", 2, 120, before)
+    same_to_the_bit(run, double[strategy])
+
+
+def kill_behind_a_checkpoint(run: Path, before: Callable[[], None] | None = None) -> None:
     processes = start_tree(run, "align", 2, before)
     while len(lines(run)) < 3 and all(process.is_alive() for process in processes):
         time.sleep(0.002)
     for process in processes:
         process.kill()
         process.join()
-    found = latest(store.partial(keys["align"]) / "checkpoints")
-    assert found is not None and found.stem == "step-2"
-    train_tree(run, "align", 2, 120, before)
-    assert numbers(run, "align") == numbers(double[strategy], "align")
-    ours, expected = weights(run, "align"), weights(double[strategy], "align")
+
+
+def same_to_the_bit(run: Path, other: Path) -> None:
+    assert numbers(run, "align") == numbers(other, "align")
+    ours, expected = weights(run, "align"), weights(other, "align")
     assert [name for name, tensor in expected.items() if not torch.equal(ours[name], tensor)] == []
+
+
+def test_average_and_checkpoints_in_the_background_under_ddp(tmp_path: Path, cache: Path) -> None:
+    """Two processes hand on one process' average; killed, wherever the writing was, they go on to it bit for bit."""
+    one = run_folder(tmp_path / "one", cache, *BASE, "stages.align.ema=0.8")
+    train_tree(one, "align", 1, 120)
+    added = ("stages.align.ema=0.8", "++trainer.checkpoint_async=true")
+    two, killed = (run_folder(tmp_path / name, cache, *overrides("ddp"), *added) for name in ("two", "killed"))
+    train_tree(two, "align", 2, 120)
+    ours, expected = weights(two, "align"), weights(one, "align")
+    assert max(max_difference(ours[name], expected[name]) for name in expected) < 2e-4
+    kill_behind_a_checkpoint(killed)
+    train_tree(killed, "align", 2, 120)
+    same_to_the_bit(killed, two)
 
 
 @pytest.mark.parametrize(
