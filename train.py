@@ -4,6 +4,7 @@
     python train.py encoder=[siglip,dinov2] connector=mlp      any composition of what lies in conf/
     python train.py -m seed=0,1,2                              several runs, one after the other
     python train.py -m sweep=cambrian_frozen_encoder           a published ablation: arms x seeds (vlm_lab/sweep.py)
+    python train.py -m sweep=cambrian_frozen_encoder --dry-run what it would train, and what the arms share
 
 Composes the configuration, checks it, and hands it to the parent process (vlm_lab/launch.py). No torch in here: a typo
 is answered in under a second.
@@ -25,6 +26,7 @@ from vlm_lab.launch import RunFailed, launch
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let composition errors reach us: `explain` makes one line of them
 schema.register_resolvers()
 ERRORS = (*CONFIG_ERRORS, RunFailed)
+DRY_RUN = "hydra.sweeper.dry_run=true"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -43,7 +45,15 @@ def main(cfg: DictConfig) -> float:
         sys.exit(f"error: {explain(error)}")
 
 
+def with_dry_run(arguments: list[str]) -> list[str]:
+    """`--dry-run` as the setting that it stands for: Hydra takes no flags of ours."""
+    if "--dry-run" in arguments and not {"-m", "--multirun"} & set(arguments):
+        sys.exit("error: --dry-run is for sweeps (-m sweep=NAME); for one run: python -m vlm_lab.plan OVERRIDES")
+    return [DRY_RUN if argument == "--dry-run" else argument for argument in arguments]
+
+
 if __name__ == "__main__":
+    sys.argv = with_dry_run(sys.argv)
     try:
         main()
     except ERRORS as error:

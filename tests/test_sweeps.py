@@ -175,6 +175,7 @@ def test_mistakes_are_found_before_anything_starts(tmp_path: Path) -> None:
         ((*SWEEP, '+ablation.arms.bad=["connector=mpl"]'), "arm bad: connector=mpl: no such option, did you mean mlp?"),
         ((*SWEEP, "seed=0,1"), "seed=0,1: the sweep's arms say what varies"),
         (SWEEP[1:2], "a sweep is several runs: python train.py -m sweep=cambrian_frozen_encoder"),
+        ((*SWEEP[1:2], "--dry-run"), "--dry-run is for sweeps (-m sweep=NAME)"),
         (("-m", "sweep=cambrian_frozen"), "did you mean cambrian_frozen_encoder?"),
     ]:
         result = train(tmp_path, *overrides)
@@ -232,7 +233,7 @@ def test_a_failed_arm_is_recorded_the_others_go_on_and_are_not_run_again(tmp_pat
     again = train(tmp_path, *SWEEP)
     assert again.returncode == 0, again.stderr
     assert "2 runs, 2 finished already" in again.stdout
-    plan = train(tmp_path, *SWEEP, "hydra.sweeper.dry_run=true").stdout
+    plan = train(tmp_path, *SWEEP, "--dry-run").stdout
     assert "2 runs, 2 of them finished, of 4 stages" in plan
     assert "3 different ones, 0 of them to train" in plan
     report = subprocess.run(

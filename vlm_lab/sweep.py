@@ -1,7 +1,7 @@
 """A sweep: arms x seeds, each an ordinary run; only what is missing is started. No torch, no Hydra.
 
     python train.py -m sweep=NAME                                   run it; the same command again continues it
-    python train.py -m sweep=NAME hydra.sweeper.dry_run=true        list arms, what they share and what would train
+    python train.py -m sweep=NAME --dry-run                         list arms, what they share and what would train
     python train.py -m sweep=NAME hydra/launcher=joblib             arms in parallel (or submitit_slurm)
     python -m vlm_lab.report outputs/sweeps/NAME                    table, plots and verdicts, at any time
 
