@@ -120,6 +120,17 @@ def test_two_processes_equal_one(single: Path, double: dict[str, Path], strategy
     assert max(max_difference(ours[name], expected[name]) for name in expected) < 2e-4
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_compiled_layers_in_two_processes(single: Path, tmp_path: Path, cache: Path, strategy: str) -> None:
+    run = run_folder(tmp_path, cache, *overrides(strategy), "trainer.compile=true")
+    train_tree(run, "align", 2, 240)
+    for mine, one in zip(numbers(run, "align"), numbers(single, "align"), strict=True):
+        assert mine == pytest.approx(one, rel=1e-4)
+    ours, expected = weights(run, "align"), weights(single, "align")
+    assert ours.keys() == expected.keys()
+    assert max(max_difference(ours[name], expected[name]) for name in expected) < 2e-4
+
+
 def test_frozen_weights_pass_through(double: dict[str, Path]) -> None:
     """Bit for bit from the first stage's file to the second's; adapters are merged, so what they adapt has moved."""
     for run in double.values():
