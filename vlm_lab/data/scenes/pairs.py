@@ -66,5 +66,5 @@ class SceneLooks:
 
 
 def places(seed: int, split: str, block: int) -> list[int]:
-    """Where in a block of eight scenes those with one object are."""
+    """Where in a block of scenes those with one object are."""
     return [place for place, kind in enumerate(block_kinds(seed, split, block)) if kind == KINDS[0]]
