@@ -15,7 +15,7 @@ from vlm_lab.data.scenes.layout import shuffled
 from vlm_lab.data.scenes.vocabulary import CATEGORIES, with_article
 from vlm_lab.data.scenes.world import Scene
 
-_DIGITS = range(1, 10)
+_DIGITS = range(1, 6)  # so few that a toy learns all sums: whether it finds out how to add was a matter of the seed
 _PAIRS = tuple((a, b) for a in _DIGITS for b in _DIGITS)
 _NEIGHBORS = tuple(pairwise(ascii_uppercase))
 _MEMBERS = tuple(
@@ -24,13 +24,13 @@ _MEMBERS = tuple(
 
 
 def total(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    pool = tuple(str(value) for value in range(2, 19))
+    pool = tuple(str(value) for value in range(2, 11))
     for a, b in shuffled(rng, _PAIRS):
         yield Fact("sum", ("sum", a, b), str(a + b), pool, {"a": str(a), "b": str(b)})
 
 
 def difference(scene: Scene, rng: Generator) -> Iterator[Fact]:
-    pool = tuple(str(value) for value in range(9))
+    pool = tuple(str(value) for value in range(5))
     for a, b in shuffled(rng, _PAIRS):
         if a >= b:
             yield Fact("difference", ("difference", a, b), str(a - b), pool, {"a": str(a), "b": str(b)})
