@@ -35,7 +35,7 @@ def keys(*overrides: str) -> dict[str, str]:
 def test_every_part_is_pretrained_by_itself_before_the_stages() -> None:
     assert stages(BOTH, *TWO) == {
         "pretrain_encoder.siglip": ("sigmoid", "encoder.siglip"),
-        "pretrain_encoder.dinov2": ("self_supervised", "encoder.dinov2"),
+        "pretrain_encoder.dinov2": ("simclr", "encoder.dinov2"),
         "pretrain_llm": ("next_token", "llm"),
         "align": ("vlm", None),
         "instruct": ("vlm", None),

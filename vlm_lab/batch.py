@@ -120,6 +120,7 @@ class CaptionBatch(OnDevice):
     `pixels` uint8 [B, 3, S, S]; `raw`, `synthetic` [B, T] are texts for the text tower, [CLS] last; `targets` [B, Q]
     the caption to write, IGNORE where it has ended. `valid` [B] is False for a record that could not be used. `kept`
     [B, K]: the patches that enter the encoder; `read` [B, R]: which of those tokens the decoder reads; None: all.
+    `again`: another view of each picture, like `pixels`.
     """
 
     pixels: Tensor
@@ -130,6 +131,7 @@ class CaptionBatch(OnDevice):
     ids: list[str]
     kept: Tensor | None = None
     read: Tensor | None = None
+    again: Tensor | None = None
     bad: list[Any] = field(default_factory=list)
     part: ClassVar[int] = 0  # of `parts`: a contrastive loss needs the step as one batch
     parts: ClassVar[int] = 1

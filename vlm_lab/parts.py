@@ -22,7 +22,7 @@ from vlm_lab.data.process import TextProcessor
 from vlm_lab.data.sample import Source
 from vlm_lab.data.wordpiece import Wordpiece, load_wordpiece, trained_wordpiece
 from vlm_lab.encoder_module import EncoderTraining
-from vlm_lab.model.pretrain import DualEncoder, MaskedEncoder
+from vlm_lab.model.pretrain import DualEncoder, MaskedEncoder, TwoViews
 from vlm_lab.model.pretrain.resolution import take_over
 from vlm_lab.model.text import TextModel
 from vlm_lab.model.vlm import VLM
@@ -31,7 +31,10 @@ from vlm_lab.stages import OBJECTIVES, Stage
 
 LOSSES = {"contrastive": "infonce", "sigmoid": "sigmoid", "caption": None}  # objective -> `contrastive` of the towers
 
-SEEN = 0.4  # share of the patches that self-supervision leaves in the picture (SimMIM hides 60 %)
+SELF_SUPERVISED: dict[str, tuple[type, dict[str, float | bool]]] = {  # objective -> model, what its views are
+    "simmim": (MaskedEncoder, {"keep": 0.4}),  # it hides 60 % of the patches
+    "simclr": (TwoViews, {"twice": True, "crop": 0.5, "jitter": 0.5}),
+}
 
 
 @dataclass
@@ -73,7 +76,7 @@ def encoder_parts(config: Config, stage: Stage) -> Parts:
     if isinstance(model, DualEncoder):
         text = {"length": model.towers.length, "queries": model.towers.queries}
     else:
-        views = {"keep": SEEN, **views}
+        views = {**SELF_SUPERVISED[str(stage.objective)][1], **views}
     process = make(views, words=words, side=eye.image_size, patches=eye.grid[0] * eye.grid[1], **text)
 
     def loader(rank: int, world: int) -> Loader:
@@ -105,7 +108,7 @@ def stage_model(config: Config, stage: Stage, weights: bool = True) -> Any:
         node = {**node, "image_size": stage.image_size}
     encoder = make(node)
     if stage.towers is None:
-        return MaskedEncoder(name, encoder)
+        return SELF_SUPERVISED[str(stage.objective)][0](name, encoder)
     normed = getattr(encoder, "norm", False) is True
     towers = make(stage.towers, dim=encoder.dim, normed=normed, contrastive=LOSSES[str(stage.objective)])
     return DualEncoder(name, encoder, towers)

@@ -15,13 +15,14 @@ from pydantic_core import PydanticCustomError
 from vlm_lab.components import Node
 
 IDENTITY, PERFORMANCE, COSMETIC = "identity", "performance", "cosmetic"
-Objective = Literal["vlm", "contrastive", "sigmoid", "caption", "self_supervised", "next_token"]
+Objective = Literal["vlm", "contrastive", "sigmoid", "caption", "simmim", "simclr", "next_token"]
 OBJECTIVES: dict[Objective, tuple[str, ...]] = {  # what a stage trains for -> the modules of its model
     "vlm": ("encoder", "connector", "llm"),  # answers: the whole model
     "contrastive": ("encoder", "towers"),  # CLIP's InfoNCE; OpenVision with towers.caption
     "sigmoid": ("encoder", "towers"),  # SigLIP's loss, otherwise the same
     "caption": ("encoder", "towers"),  # OpenVision 2: the caption decoder alone
-    "self_supervised": ("encoder", "towers"),  # hidden patches of pictures, no text
+    "simmim": ("encoder", "towers"),  # hidden patches of pictures, no text
+    "simclr": ("encoder", "towers"),  # two views of a picture, no text
     "next_token": ("llm",),  # text
 }
 IMAGE_TEXT = ("contrastive", "sigmoid", "caption")
@@ -135,7 +136,7 @@ def per_encoder(name: str, stage: Stage, encoders: list[str]) -> Iterator[tuple[
         foreign = [path for path in stage.train if path.split(".")[1:2] not in ([], [encoder]) and "encoder." in path]
         table = {path: rule for path, rule in stage.train.items() if path not in foreign}
         change: dict[str, Any] = {"objective": objective, "encoder": encoder, "train": table}
-        if objective == "self_supervised":
+        if objective not in IMAGE_TEXT:
             change |= {"towers": None, "wordpieces": None}
         yield name if stage.encoder else f"{name}.{encoder}", stage.model_copy(update=change)
 

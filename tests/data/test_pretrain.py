@@ -82,19 +82,21 @@ def test_shares_of_the_patches(words: Wordpiece) -> None:
     assert (batch.kept.diff(dim=1) > 0).all() and batch.kept.max() < 16 and batch.read.max() < 8
     assert len({tuple(row) for row in batch.kept.tolist()}) > 1
     whole = next(iter(loader(words)))
-    assert whole.kept is None and whole.read is None
+    assert whole.kept is None and whole.read is None and whole.again is None
     with pytest.raises(ValueError, match="keep = 0 is a share"):
         loader(words, keep=0)
 
 
 def test_a_draw_is_the_same_in_any_process_and_after_a_pause(words: Wordpiece) -> None:
-    views = {"keep": 0.5, "crop": 0.4, "jitter": 0.4}
+    views = {"keep": 0.5, "crop": 0.4, "jitter": 0.4, "twice": True}
     steps = list(loader(words, **views))
     resumed = loader(words, **views)
     resumed.load_state_dict({"steps": 2})
     later = list(resumed)
     assert len(steps) == 4 and [batch.ids for batch in later] == [batch.ids for batch in steps[2:]]
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(steps[2:], later, strict=True))
+    assert all(torch.equal(a.again, b.again) for a, b in zip(steps[2:], later, strict=True))
+    assert all((a.again != a.pixels).flatten(1).any(1).all() for a in steps)  # another view of every picture
     halves = [next(iter(loader(words, rank=rank, world=2, **views))) for rank in (0, 1)]
     assert torch.equal(torch.stack([halves[0].pixels, halves[1].pixels], 1).flatten(0, 1), steps[0].pixels)
     assert torch.equal(torch.stack([halves[0].kept, halves[1].kept], 1).flatten(0, 1), steps[0].kept)
@@ -102,10 +104,10 @@ def test_a_draw_is_the_same_in_any_process_and_after_a_pause(words: Wordpiece) -
 
 def test_bad_records_leave_an_invalid_pair(words: Wordpiece) -> None:
     """Of the coloured squares every third record has no image."""
-    process = CaptionProcessor(words, 16, 4, length=8, queries=6)
+    process = CaptionProcessor(words, 16, 4, length=8, queries=6, twice=True)
     (batch,) = PairLoader(PairRecords([ColourSource(6)], Mixture([6], [1.0], 0), process), 1, 6)
     assert batch.valid.sum() == 4 and len(batch.bad) == 2 and "has no image" in str(batch.bad[0])
-    assert (batch.targets[~batch.valid] == IGNORE).all() and batch.pixels.shape == (6, 3, 16, 16)
+    assert (batch.targets[~batch.valid] == IGNORE).all() and batch.pixels.shape == batch.again.shape == (6, 3, 16, 16)
 
 
 def test_crops_stay_inside_and_are_large_enough() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.random import Generator
+from PIL import Image
 from torch import Tensor
 
 from vlm_lab.batch import IGNORE, CaptionBatch
@@ -38,6 +39,7 @@ class Pair:
     targets: np.ndarray
     kept: np.ndarray | None
     read: np.ndarray | None
+    again: np.ndarray | None
     valid: bool = True
 
 
@@ -53,6 +55,7 @@ class CaptionProcessor:
         keep: share of the patches that enter the encoder (CLIPA); read: share of those that the decoder reads
             (OpenVision 2: 0.35).
         crop, jitter: see data/augment.py; OpenVision: 0.4 and 0.4.
+        twice: whether a second view of the picture is drawn (SimCLR).
         texts: both captions, or the raw one in the place of the synthetic one too (OpenVision's "original captions").
     """
 
@@ -68,6 +71,7 @@ class CaptionProcessor:
         read: float = 1.0,
         crop: float = 1.0,
         jitter: float = 0.0,
+        twice: bool = False,
         texts: Literal["both", "raw"] = "both",
     ) -> None:
         if texts not in ("both", "raw"):
@@ -76,7 +80,7 @@ class CaptionProcessor:
             if not 0 < share <= 1:
                 raise ValueError(f"{name} = {share} is a share: more than 0, at most 1")
         self.words, self.side, self.length, self.queries, self.shorten = words, side, length, queries, shorten
-        self.crop, self.jitter, self.texts = crop, jitter, texts
+        self.crop, self.jitter, self.twice, self.texts = crop, jitter, twice, texts
         self.patches, self.kept = patches, max(1, round(keep * patches))
         self.read = max(1, round(read * self.kept))
 
@@ -88,9 +92,13 @@ class CaptionProcessor:
         if self.texts == "raw":
             sentence = full = raw
         image = load_image(sample.images[0], sample.where, sample.id)
-        pixels = np.asarray(augment(image, self.side, self.crop, self.jitter, rng))
+        pixels, again = self.view(image, rng), self.view(image, rng) if self.twice else None
         targets = self.words.target(self.words.words(full), self.queries)
-        return Pair(sample.id, pixels, self.text(raw, rng), self.text(sentence, rng), targets, *self.dropped(rng))
+        texts = self.text(raw, rng), self.text(sentence, rng)
+        return Pair(sample.id, pixels, *texts, targets, *self.dropped(rng), again)
+
+    def view(self, image: Image.Image, rng: Generator) -> np.ndarray:
+        return np.asarray(augment(image, self.side, self.crop, self.jitter, rng))
 
     def text(self, text: str, rng: Generator) -> np.ndarray:
         return self.words.text(shortened(self.words.words(text), self.length - 3, self.shorten, rng), self.length)
@@ -104,7 +112,8 @@ class CaptionProcessor:
         """Stands in for a record that could not be used: every process has batches of the same shape."""
         text, rng = self.words.text([], self.length), np.random.default_rng(0)
         pixels = np.zeros((self.side, self.side, 3), dtype=np.uint8)
-        return Pair("", pixels, text, text, np.full(self.queries, IGNORE), *self.dropped(rng), valid=False)
+        again = pixels if self.twice else None
+        return Pair("", pixels, text, text, np.full(self.queries, IGNORE), *self.dropped(rng), again, valid=False)
 
 
 def captions(sample: Sample, rng: Generator) -> tuple[str, str, str]:
@@ -168,11 +177,17 @@ def stack(examples: Sequence[Pair | BadRecord], processor: CaptionProcessor) -> 
     """One step's pairs of a process; a blank, invalid pair in the place of each bad record."""
     bad = [e for e in examples if isinstance(e, BadRecord)]
     pairs = [processor.blank() if isinstance(e, BadRecord) else e for e in examples]
-    pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs])).permute(0, 3, 1, 2).contiguous()
+    pixels = pictures([pair.pixels for pair in pairs])
+    again = pictures([pair.again for pair in pairs if pair.again is not None]) if processor.twice else None
     raw, synthetic, targets = (rows([getattr(p, name) for p in pairs]) for name in ("raw", "synthetic", "targets"))
     kept, read = (optional([getattr(pair, name) for pair in pairs]) for name in ("kept", "read"))
     valid = torch.tensor([pair.valid for pair in pairs])
-    return CaptionBatch(pixels, raw, synthetic, targets, valid, [pair.id for pair in pairs], kept, read, bad)
+    return CaptionBatch(pixels, raw, synthetic, targets, valid, [pair.id for pair in pairs], kept, read, again, bad)
+
+
+def pictures(arrays: Sequence[np.ndarray]) -> Tensor:
+    """[S, S, 3] each -> [B, 3, S, S]"""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def rows(arrays: Sequence[np.ndarray]) -> Tensor:
