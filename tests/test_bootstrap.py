@@ -93,6 +93,12 @@ MISTAKES = [
         "stages.pretrain_encoder.objective.siglip = vlm: by encoder",
     ),
     ("stages.pretrain_encoder.towers.wdth=3", "no such setting"),
+    (
+        "stages.pretrain_encoder.objective.dinov2=dino",
+        "objective.dinov2 = 'dino': input should be 'vlm', 'contrastive'",
+    ),
+    ("+stages.pretrain_encoder.views.twice=true", "siglip.views.twice is set by code"),
+    ("encoder=[mae] +stages.pretrain_encoder.views.keep=1.0", "mae.views.keep = 1.0 hides nothing"),
     ("+stages.pretrain_llm.train.connector=1.0", "stages.pretrain_llm.train.connector: no such module; there are llm"),
 ]
 

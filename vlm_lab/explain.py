@@ -22,8 +22,10 @@ def explain(error: BaseException) -> str:
 
 
 def explain_type(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    errors = error.errors()
+    fields = [[str(part) for part in each["loc"] if "[" not in str(part)] for each in errors]  # not a union's types
+    deepest = max((path for path in fields if path[: len(fields[0])] == fields[0]), key=len)
+    first, where = errors[fields.index(deepest)], ".".join(deepest)
     if first["type"] == "extra_forbidden":
         return f"{where}: no such setting"
     if first["type"] == "value_error":

@@ -31,9 +31,9 @@ from vlm_lab.stages import OBJECTIVES, Stage
 
 LOSSES = {"contrastive": "infonce", "sigmoid": "sigmoid", "caption": None}  # objective -> `contrastive` of the towers
 
-SELF_SUPERVISED: dict[str, tuple[type, dict[str, float | bool]]] = {  # objective -> model, what its views are
+SELF_SUPERVISED: dict[str, tuple[type, dict[str, float]]] = {  # objective -> model, what its views are by default
     "simmim": (MaskedEncoder, {"keep": 0.4}),  # it hides 60 % of the patches
-    "simclr": (TwoViews, {"twice": True, "crop": 0.5, "jitter": 0.5}),
+    "simclr": (TwoViews, {"crop": 0.5, "jitter": 0.5}),
 }
 
 
@@ -77,7 +77,8 @@ def encoder_parts(config: Config, stage: Stage) -> Parts:
         text = {"length": model.towers.length, "queries": model.towers.queries}
     else:
         views = {**SELF_SUPERVISED[str(stage.objective)][1], **views}
-    process = make(views, words=words, side=eye.image_size, patches=eye.grid[0] * eye.grid[1], **text)
+    twice = stage.objective == "simclr"
+    process = make(views, words=words, side=eye.image_size, patches=eye.grid[0] * eye.grid[1], twice=twice, **text)
 
     def loader(rank: int, world: int) -> Loader:
         steps = build.steps(stage, sources)

@@ -74,7 +74,7 @@ def components(config: Config) -> list[tuple[str, Node, set[str]]]:
     nodes += [(f"stages.{name}.tiling", s.tiling, set()) for name, s in config.stages.items() if s.tiling is not None]
     for name, stage in config.stages.items():
         added = [("towers", stage.towers, {"dim", "normed", "contrastive"})]
-        added += [("views", stage.views, {"words", "side", "patches", "length", "queries"})]
+        added += [("views", stage.views, {"words", "side", "patches", "length", "queries", "twice"})]
         nodes += [(f"stages.{name}.{field}", node, given) for field, node, given in added if node is not None]
     for group in ("sources", "tasks"):
         nodes += [(f"data.{group}.{name}", node, set()) for name, node in getattr(config.data, group).items()]
@@ -122,6 +122,8 @@ def check_objective(name: str, stage: Stage, config: Config) -> None:
     if stage.views is None or (stage.towers is None and stage.objective in IMAGE_TEXT):
         missing = "views" if stage.views is None else "towers"
         raise ValueError(f"stages.{name}.{missing} must be given: objective {stage.objective} needs it")
+    if stage.objective == "simmim" and (keep := stage.views.get("keep", 0)) >= 1:
+        raise ValueError(f"stages.{name}.views.keep = {keep} hides nothing: simmim needs less than 1")
 
 
 def check_sharding(name: str, stage: Stage, trainer: Trainer) -> None:
