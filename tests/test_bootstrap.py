@@ -110,6 +110,16 @@ def test_mistakes(overrides: str, message: str) -> None:
     assert message in explain(caught.value)
 
 
+def test_a_masked_autoencoder_learns_from_hidden_patches(tmp_path: Path) -> None:
+    small = ["encoder=[mae]", "encoder.mae.depth=1", "data.sources.pairs.size=8", f"output={tmp_path}"]
+    config = schema.check(composed(BOTH, *small, "stages.pretrain_encoder.batch=4"))
+    made = parts.stage_parts(config, config.stages["pretrain_encoder.mae"])
+    batch = next(iter(made.loader(0, 1)))
+    assert batch.kept.shape == (4, 6) and batch.again is None  # 0.4 of 16 patches
+    made.model(batch).total.backward()
+    assert all(p.grad is not None for p in made.model.towers.parameters())
+
+
 def test_pretraining_comes_first() -> None:
     late = ["+stages.late={objective:next_token,mixture:language,train:{llm:1.0},steps:1,batch:1,micro_batch:1}"]
     with pytest.raises(ValueError, match=r"stages\.late pretrains llm after instruct trained the model: put it first"):
