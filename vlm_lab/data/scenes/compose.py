@@ -165,7 +165,7 @@ def _text(rng: Generator) -> Scene:
     colors, names, texts = some(rng, COLORS, 4), some(rng, SHAPES, 2), _texts(rng)
     signs: list[Sign] = []
     shapes: list[Shape] = []
-    shares = [0.62 if band[0] == "sign" else 0.38 for band in bands] if any("shape" in band for band in bands) else None
+    shares = [0.62 if band[0] == "sign" else 0.38 for band in bands]
     for band, strip in zip(bands, split_box((0, 0, *size), len(bands), not stacked, shares), strict=True):
         # Signs are wide, so two of them stand one below the other; two objects use the strip's longer side.
         beside = band[0] == "shape" and stacked

@@ -47,10 +47,10 @@ def grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int
 
 
 def split_box(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
-    """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of 1."""
+    """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of their sum."""
     x0, y0, x1, y1 = box
-    edges = np.cumsum([0.0, *(shares or [1 / n] * n)]).tolist()
-    spans = pairwise(edges)
+    edges = np.cumsum([0.0, *(shares or [1 / n] * n)])
+    spans = pairwise((edges / edges[-1]).tolist())
     if beside:
         return [(x0 + a * (x1 - x0), y0, x0 + b * (x1 - x0), y1) for a, b in spans]
     return [(x0, y0 + a * (y1 - y0), x1, y0 + b * (y1 - y0)) for a, b in spans]
