@@ -50,6 +50,14 @@ def test_every_arm_composes_and_passes_check(name: str) -> None:
     check_arm(name, "full", arm, list(overrides))
 
 
+def test_half_of_the_adapter_data_is_the_same_share_at_both_scales() -> None:
+    arms = arms_of("cambrian_adapter_data", "tiny")
+    toy = [check_arm("cambrian_adapter_data", "tiny", arm, list(arms[arm])).stages["align"] for arm in ("0.5M", "1.2M")]
+    half = list(arms_of("cambrian_adapter_data", "full")["0.5M"])
+    full = check_arm("cambrian_adapter_data", "full", "0.5M", half).stages["align"]
+    assert toy[0].steps / toy[1].steps == pytest.approx(full.epochs, abs=0.005)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_first_arm_trains(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Two real optimizer steps of its last stage, from random weights; the losses are finite."""
