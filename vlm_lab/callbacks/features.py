@@ -42,10 +42,10 @@ class Features(Callback):
         vlm: Any = module.vlm
         if not hasattr(vlm, "lookups"):
             return  # a part is pretrained
+        sharded = shards_weights(trainer)
         for name, encoder in vlm.encoder.items():
             if any(parameter.requires_grad for parameter in encoder.parameters()):
                 continue
-            sharded = shards_weights(trainer)
             compute = rounded(encoder if sharded else in_groups(encoder), self.dtype)
             vlm.lookups[name] = compute
             if self.mode != "off" and not sharded:

@@ -47,7 +47,7 @@ def grid_centers(rng: Generator, size: Size, radii: list[int]) -> list[tuple[int
 
 
 def split_box(box: Box, n: int, beside: bool, shares: Sequence[float] | None = None) -> list[Box]:
-    """`n` boxes beside each other (left to right) or below each other (top to bottom), equal or by `shares` of their sum."""
+    """`n` boxes beside (left to right) or below each other (top to bottom), equal or by `shares` of their sum."""
     x0, y0, x1, y1 = box
     edges = np.cumsum([0.0, *(shares or [1 / n] * n)])
     spans = pairwise((edges / edges[-1]).tolist())
