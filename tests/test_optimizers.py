@@ -9,8 +9,9 @@ import torch
 from helpers import tiny_vlm
 from torch import Tensor, nn
 
+from vlm_lab import optimizers
 from vlm_lab.model.pretrain.decoder import CaptionDecoder
-from vlm_lab.optimizers import MuonWithAdamW, hidden_matrices, make_optimizer
+from vlm_lab.optimizers import MuonWithAdamW, StackedMuon, hidden_matrices, make_optimizer
 
 LR, DECAY = 0.01, 0.1
 
@@ -57,6 +58,28 @@ def test_muon_steps_are_those_of_the_formula() -> None:
         change = orthogonal(0.05 * weight.grad.double() + 0.95 * momentum)
         reference = before * (1 - LR * DECAY) - LR * 0.2 * max(weight.shape) ** 0.5 * change
         assert (weight - reference).norm() / (reference - before).norm() < 0.02
+
+
+@pytest.mark.parametrize("most", [1 << 22, 2 * 24 * 40])
+def test_stacked_matrices_take_torchs_steps(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of matrices of two shapes, lying and standing, beside torch's Muon: to bfloat16's rounding."""
+    monkeypatch.setattr(optimizers.alike, "__defaults__", (most,))
+    torch.manual_seed(0)
+    ours = nn.ParameterList(torch.randn(shape) for shape in [(24, 40), (40, 24), (24, 40), (16, 16), (24, 40)])
+    theirs = copy.deepcopy(ours)
+    settings: Any = {"lr": LR, "weight_decay": DECAY, "adjust_lr_fn": "match_rms_adamw"}
+    mine, other = StackedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for seed in (1, 2, 3):
+        step(ours, mine, seed)
+        step(theirs, other, seed)
+    for p, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, expected, rtol=0, atol=3 * LR * 0.2 * 40**0.5 * 2**-8)
+
+
+def test_chunks_hold_one_shape_and_every_matrix_once() -> None:
+    shapes = [(2, 8), (4, 4), (2, 8), (2, 8), (30, 2)]
+    chunks = list(optimizers.alike([torch.empty(shape) for shape in shapes], most=40))
+    assert chunks == [[0, 2], [3], [1], [4]]
 
 
 def test_the_others_take_adamws_step() -> None:

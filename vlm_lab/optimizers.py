@@ -1,15 +1,15 @@
 """Optimizers by their name in a stage: `make_optimizer(stage, groups, model)`.
 
-adamw; adamw8bit, paged_adamw8bit, lion8bit (bitsandbytes: states in 8 bits); muon (torch's own, for the matrices
-between the layers, AdamW for everything else). ZeRO takes adamw only (`schema.check_sharding`): Muon needs all of a
-matrix.
+adamw; adamw8bit, paged_adamw8bit, lion8bit (bitsandbytes: states in 8 bits); muon (torch's, for the matrices between
+the layers, AdamW for everything else). ZeRO takes adamw only (`schema.check_sharding`): Muon needs all of a matrix.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from vlm_lab.stages import Stage
@@ -52,7 +52,7 @@ class MuonWithAdamW(Optimizer):
         hidden, others = parts(groups, matrices, True), parts(groups, matrices, False)
         self.inner: list[Optimizer] = []
         if hidden:
-            self.inner.append(Muon(hidden, adjust_lr_fn="match_rms_adamw"))
+            self.inner.append(StackedMuon(hidden, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.inner.append(AdamW(others, betas=(0.9, beta2), fused=True))
         super().__init__([group for each in self.inner for group in each.param_groups], {})
@@ -77,6 +77,52 @@ class MuonWithAdamW(Optimizer):
         for each in self.inner:
             each.step()
         return loss
+
+
+class StackedMuon(Muon):
+    """torch's Muon, with small matrices of one shape side by side: the same steps in half the time on a CPU.
+
+    A toy has dozens of matrices, and torch orthogonalises one at a time.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            momenta: list[Tensor] = []
+            self._init_group(group, params, grads, momenta)
+            for p, grad, momentum in zip(params, grads, momenta, strict=True):
+                momentum.lerp_(grad, 1 - group["momentum"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            for chunk in alike(params):
+                nesterov = [grads[i].lerp(momenta[i], group["momentum"]) for i in chunk]
+                steps = orthogonal(torch.stack(nesterov), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * 0.2 * max(steps.shape[1:]) ** 0.5
+                for i, step in zip(chunk, steps, strict=True):
+                    params[i].add_(step, alpha=-rate)
+
+
+def alike(matrices: Sequence[Tensor], most: int = 1 << 22) -> Iterator[list[int]]:
+    """Indices of the matrices, those of one shape together, at most `most` elements (or one matrix) at a time."""
+    shapes: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        shapes[matrix.shape].append(index)
+    for shape, found in shapes.items():
+        count = max(1, most // shape.numel())
+        yield from (found[i : i + count] for i in range(0, len(found), count))
+
+
+def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """[n, rows, columns] -> the nearly orthogonal matrices of torch's Muon: Newton-Schulz iterations in bf16."""
+    a, b, c = coefficients
+    tall = stack.shape[1] > stack.shape[2]
+    x = (stack.mT if tall else stack).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def parts(groups: Groups, matrices: set[int], inside: bool) -> Groups:
