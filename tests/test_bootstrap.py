@@ -11,7 +11,7 @@ from PIL import Image
 from processes import finish, lines, run_folder, start, store_of
 from safetensors.torch import load_file
 
-from vlm_lab import build, parts, schema
+from vlm_lab import build, fit, parts, schema
 from vlm_lab.data.scenes import ScenePairs
 from vlm_lab.explain import explain
 from vlm_lab.probe import eye_of, pair_scores, probe
@@ -118,6 +118,14 @@ def test_a_masked_autoencoder_learns_from_hidden_patches(tmp_path: Path) -> None
     assert batch.kept.shape == (4, 6) and batch.again is None  # 0.4 of 16 patches
     made.model(batch).total.backward()
     assert all(p.grad is not None for p in made.model.towers.parameters())
+
+
+def test_what_does_not_fit_is_refused_before_pretraining(tmp_path: Path, cache: Path) -> None:
+    run = run_folder(tmp_path / "outputs", cache, BOTH, "tiling=native", "tiling.shortest=8")
+    message = r"tiling.shortest = 8: needs to be from one patch of 16 to the encoder's 32 pixels"
+    with pytest.raises(ValueError, match=message):
+        fit.fit(run)
+    assert not (run / "metrics.jsonl").exists()
 
 
 def test_pretraining_comes_first() -> None:

@@ -97,6 +97,8 @@ class Worker:
     def train_missing(self) -> None:
         """Every stage in order, from the store where it is there; links and learning curves into the run folder."""
         inputs = json.loads((self.run / INPUTS).read_text())
+        if list(self.config.stages.values())[-1].part is None:
+            parts.check_together(self.config)  # now, not after the minutes that pretraining takes
         for name, key in self.keys.items():
             if self.store.obtain(key, partial(self.train, name), inputs[name]):
                 console.print(f"stage [bold]{name}[/]: reused from {self.store.path(key)}")
