@@ -170,10 +170,10 @@ time.sleep(60)
 """
 PARENT = """
 import signal, sys
-from vlm_lab import launch
+from vlm_lab.children import child
 
 signal.signal(signal.SIGUSR2, lambda *_: sys.exit(9))  # submitit's handler: the job is back in the queue
-launch.child("patient", *sys.argv[1:])
+child("patient", *sys.argv[1:])
 """
 
 

@@ -1,6 +1,6 @@
 """The worker: trains the missing stages of a run, then evaluates it.
 
-    python -m vlm_lab.fit RUN                              every stage in this process, then the evaluation
+    python -m vlm_lab.fit RUN [--only-train]               every stage in this process, then the evaluation
     torchrun ... -m vlm_lab.fit RUN --stage S --into DIR   one stage as one of several processes, no evaluation
 
 Reads RUN/config.yaml and RUN/stages.json only. Started by the parent (vlm_lab/launch.py), or by hand in a debugger.
@@ -17,6 +17,8 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--stage", help="train this stage only, and do not evaluate")
     parser.add_argument("--into", type=Path, help="the folder that --stage writes")
+    parser.add_argument("--only-train", action="store_true", help="do not evaluate")
     args = parser.parse_args()
     quiet()
     threading.Thread(target=end_with, args=(os.environ.get("VLM_LAB_PARENT"),), daemon=True).start()
     try:
-        fit(args.run, args.stage, args.into)
+        fit(args.run, args.stage, args.into, not args.only_train)
     except Exception as error:
         if not isinstance(error, Preempted):
             traceback.print_exc()
@@ -72,14 +75,15 @@ def end_with(parent: str | None) -> None:
             return
 
 
-def fit(run: Path, stage: str | None = None, into: Path | None = None) -> None:
-    """All stages of `run` and its evaluation, or `stage` alone, into the folder `into`."""
+def fit(run: Path, stage: str | None = None, into: Path | None = None, evaluate: bool = True) -> None:
+    """All stages of `run` and its evaluation if `evaluate`, or `stage` alone, into the folder `into`."""
     worker = Worker(run)
     if stage is not None and into is not None:
         worker.train(stage, into)
     else:
         worker.train_missing()
-        worker.evaluate()
+        if evaluate:
+            worker.evaluate()
     if worker.logger is not None:
         worker.logger.finish()
 
@@ -140,7 +144,8 @@ class Worker:
         meter = Meter(name, folder / METRICS, self.run / METRICS, self.logger, steps_before, mfu=mfu)
         bad = BadRecords(config.data.max_bad, self.run / "bad_records.jsonl")
         features = build.features(config, loader)
-        self.continue_or_start(name, module, loader, folder, [meter, bad, features])
+        with one_thread() if stage.bootstrap else nullcontext():
+            self.continue_or_start(name, module, loader, folder, [meter, bad, features])
         if RANK == 0:
             adapt.merge(made.model)
             save_model(made.model, str(folder / "model.safetensors"))
@@ -167,6 +172,17 @@ class Worker:
             if is_out_of_memory(error):
                 error.add_note(advice(self.config, name))
             raise
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch compute with one thread: toy parts gain nothing from a second, which can pretrain another part."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same_layout(checkpoints: Path, layout: dict[str, Any]) -> None:

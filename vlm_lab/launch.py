@@ -7,27 +7,22 @@ evaluates. SIGTERM is passed on to the children, which save a checkpoint and end
 
 import importlib.metadata
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_lab import build, schema
+from vlm_lab.children import STOPPED, beside, child, threads
 from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.pulses import last_signs
 from vlm_lab.store import INPUTS, Store, hash_of, stage_inputs
 
 FAILURE, RESULT, EVALUATION, LOG = "failure.json", "result.json", "evaluation.json", "log.txt"
-STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives it
 PACKAGES = ("torch", "transformers", "timm", "lightning", "hydra-core")
 
 
@@ -87,65 +82,28 @@ def prepare(run: Path, config: Config, inputs: dict[str, dict[str, Any]]) -> Non
 def train_and_evaluate(config: Config, run: Path, inputs: dict[str, dict[str, Any]], store: Store) -> None:
     log = run / LOG if config.ablation is not None else None
     if config.trainer.devices == 1 and not schema.shards(config.trainer.strategy):
-        child("vlm_lab.fit", run, log=log)
+        with beside(side_runs(config, run, inputs, store)):
+            child("vlm_lab.fit", run, log=log)
         return
     for name, value in inputs.items():
         store.obtain(hash_of(value), partial(tree, config, run, name, log), value)
     child("vlm_lab.fit", run, log=log)  # every stage is in the store now: this links them and evaluates
 
 
-def child(module: str, *args: str | Path, log: Path | None = None) -> None:
-    """Run a module of this package, wherever the user stands; its output to the terminal, or appended to `log`.
+def side_runs(config: Config, run: Path, inputs: dict[str, dict[str, Any]], store: Store) -> list[Path]:
+    """Folders of runs that pretrain toy parts beside `run`, one for each further thread of the machine.
 
-    CalledProcessError if it fails, with the code STOPPED if SIGTERM came meanwhile.
+    A second thread makes no toy part faster. `run` goes through its stages in order, these from the end of the list;
+    who comes to a part second finds it in the store, or waits.
     """
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", module, *map(str, args)]
-    with nullcontext() if log is None else log.open("a") as out:
-        error = None if log is None else subprocess.STDOUT
-        env = {**os.environ, "PYTHONPATH": path, "VLM_LAB_PARENT": str(os.getpid())}
-        settings: dict[str, Any] = {"env": env, "stdout": out, "stderr": error, "preexec_fn": deaf}
-        with subprocess.Popen(command, **settings) as process, sigterm_to(process) as told:
-            code = waited_for(process)
-    if code or told:
-        raise subprocess.CalledProcessError(STOPPED if told else code, command)
-
-
-def deaf() -> None:
-    """A queue's warning (Slurm's SIGUSR2, before the time is over) is for the parent: it would kill a child."""
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-
-def waited_for(process: subprocess.Popen) -> int:
-    """The exit code. If this process is told to exit meanwhile (submitit does, having put the job back into the queue),
-    the child saves a checkpoint first, as on SIGTERM."""
-    try:
-        return process.wait()
-    except SystemExit:
-        process.terminate()
-        raise
-
-
-@contextmanager
-def sigterm_to(process: subprocess.Popen) -> Iterator[list[int]]:
-    """While the context lasts, SIGTERM goes to `process` instead (in the main thread; others get no signals).
-
-    Gives the list of those that came.
-    """
-    told: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
-
-    def pass_on(number: int, _: Any) -> None:
-        told.append(number)
-        process.terminate()
-
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    parts = [name for name, stage in config.stages.items() if stage.bootstrap and not store.has(hash_of(inputs[name]))]
+    count = min(threads(), len(parts)) - 1 if config.trainer.accelerator == "cpu" else 0
+    folders = [run / "beside" / str(number) for number in range(count)]
+    for number, folder in enumerate(folders):
+        names = parts[:0:-1][number::count]
+        only = {"stages": {name: config.stages[name] for name in names}, "logger": {}, "ablation": None}
+        prepare(folder, config.model_copy(update=only), {name: inputs[name] for name in names})
+    return folders
 
 
 def tree(config: Config, run: Path, stage: str, log: Path | None, folder: Path) -> None:
