@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, max_difference, small
+from helpers import ROOT, composed, max_difference, small
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlm_lab import chat
+from vlm_lab import chat, launch, schema
 
 SMALL = ["bootstrap=[]", *small(), "stages.align.steps=2", "stages.instruct.steps=3"]
 
@@ -70,6 +70,14 @@ def test_run_folder_contract(finished: subprocess.CompletedProcess[str], output:
     records = [json.loads(line) for line in (run / "eval" / "scenes.real.jsonl").read_text().splitlines()]
     assert len(records) == 16
     assert {"id", "group", "question", "target", "prediction"} <= records[0].keys()
+
+
+def test_a_run_has_the_same_name_wherever_outputs_go() -> None:
+    places = ("outputs", "/data/outputs")
+    folders = [launch.run_folder(schema.check(composed(f"output={place}"))) for place in places]
+    assert folders[0].name == folders[1].name
+    other = launch.run_folder(schema.check(composed("output=outputs", "stages.align.steps=7")))
+    assert other.name != folders[0].name
 
 
 def test_the_terminal_shows_the_table_and_the_folder(finished: subprocess.CompletedProcess[str], output: Path) -> None:

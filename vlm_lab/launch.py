@@ -64,8 +64,9 @@ def run_folder(config: Config) -> Path:
 
     Of a sweep only its name and the arm count, in the label: more seeds or another claim leave finished runs alone.
     """
-    settings = config.model_dump(exclude={"output", "logger", "ablation"})
-    return Path(config.output) / "runs" / f"{config.name}-{hash_of(settings)[:8]}"
+    settings = json.dumps(config.model_dump(exclude={"output", "logger", "ablation"}))
+    wherever = settings.replace(f'"{config.output}/', '"')  # caches of made-up pictures lie there, too
+    return Path(config.output) / "runs" / f"{config.name}-{hash_of(wherever)[:8]}"
 
 
 def prepare(run: Path, config: Config, inputs: dict[str, dict[str, Any]]) -> None:
