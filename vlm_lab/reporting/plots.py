@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, LogLocator
 
 from vlm_lab.reporting.study import ALL, Study
 
@@ -163,8 +164,9 @@ def curves(study: Study) -> Figure | None:
     if not axes.lines:
         return None
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(LogFormatter())  # labels within less than a decade only
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
