@@ -94,6 +94,7 @@ class Worker:
     def __init__(self, run: Path) -> None:
         self.run = run
         self.config = schema.load(run / "config.yaml")
+        self.whole = list(self.config.stages.values())[-1].part is None  # the last stage leaves a whole model
         self.keys: dict[str, str] = json.loads((run / "stages.json").read_text())
         self.store = Store(Path(self.config.output) / "store")
         self.logger = build.logger(self.config, run) if RANK == 0 else None
@@ -101,7 +102,7 @@ class Worker:
     def train_missing(self) -> None:
         """Every stage in order, from the store where it is there; links and learning curves into the run folder."""
         inputs = json.loads((self.run / INPUTS).read_text())
-        if list(self.config.stages.values())[-1].part is None:
+        if self.whole and not all(map(self.store.has, self.keys.values())):
             parts.check_together(self.config)  # now, not after the minutes that pretraining takes
         for name, key in self.keys.items():
             if self.store.obtain(key, partial(self.train, name), inputs[name]):
@@ -112,7 +113,7 @@ class Worker:
 
     def evaluate(self) -> None:
         """Scores of the model that the last stage left, or of the encoders if every stage only pretrains a part."""
-        if list(self.config.stages.values())[-1].part is None:
+        if self.whole:
             evaluate_run(self.run, self.config, self.logger)
             return
         scores = {

@@ -94,11 +94,15 @@ def wordpieces(config: Config, stage: Stage, sources: list[Source]) -> Wordpiece
     return trained_wordpiece(sources, (stage.towers or {}).get("vocab", 32000), Path(config.output) / "cache")
 
 
+def empty_model(config: Config) -> VLM:
+    """The model of `config` on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return build.vlm(config, weights=False)
+
+
 def check_together(config: Config) -> None:
     """Raises ValueError where parts and tilings do not fit each other. Builds the model without its weights."""
-    with torch.device("meta"):
-        vlm = build.vlm(config, weights=False)
-    tokenizer = build.tokenizer(config)
+    vlm, tokenizer = empty_model(config), build.tokenizer(config)
     for stage in (stage for stage in config.stages.values() if stage.part is None):
         build.processor(config, vlm, tokenizer, stage)
 

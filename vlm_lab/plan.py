@@ -15,14 +15,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from rich.table import Table
 
-from vlm_lab import build, schema
+from vlm_lab import schema
 from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.explain import CONFIG_ERRORS, explain
 from vlm_lab.model import freeze
 from vlm_lab.model.vlm import VLM
 from vlm_lab.module import VLMTraining
-from vlm_lab.parts import stage_model
+from vlm_lab.parts import empty_model, stage_model
 from vlm_lab.stages import Stage
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -41,12 +41,6 @@ class Memory:
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer
-
-
-def empty_model(config: Config) -> VLM:
-    """The model of `config` on the meta device: shapes without numbers."""
-    with torch.device("meta"):
-        return build.vlm(config, weights=False)
 
 
 def parameters(model: VLM) -> dict[str, int]:
