@@ -80,8 +80,11 @@ class VLMTraining(LightningModule):
 
     def divided_by(self, parts: int) -> int:
         """What the gradient will be divided by: Lightning does it by a step's rows, DeepSpeed does it once more."""
-        deepspeed = hasattr(self.trainer.strategy, "deepspeed_engine")
-        return parts ** (2 if deepspeed else 1) * self.trainer.world_size
+        return parts ** (2 if self.under_deepspeed else 1) * self.trainer.world_size
+
+    @property
+    def under_deepspeed(self) -> bool:
+        return hasattr(self.trainer.strategy, "deepspeed_engine")
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -94,9 +97,9 @@ class VLMTraining(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip by norm, remember it, and stop before a step on a gradient that is not finite."""
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not trained:  # DeepSpeed holds the gradients, clips them itself, and is asked afterwards
+        if self.under_deepspeed:  # it clips by itself, by the norm over all processes, and is asked for that afterwards
             return
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in trained])
         self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         scaled = self.trainer.precision == "16-mixed"  # there, infinite gradients only mean: try a smaller scale
