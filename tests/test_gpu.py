@@ -152,7 +152,7 @@ def test_adapters(adapt: str, tmp_path: Path) -> None:
     assert lines(folder)[-1]["loss"] < lines(folder)[0]["loss"]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero2_offload"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_zero(strategy: str, tmp_path: Path) -> None:
     """Both stages, evaluation after the second; the losses of one device without sharding, within 1 %."""
     pytest.importorskip("deepspeed")
