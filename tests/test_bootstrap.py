@@ -123,7 +123,7 @@ def test_a_masked_autoencoder_learns_from_hidden_patches(tmp_path: Path) -> None
 def test_what_does_not_fit_is_refused_before_pretraining(tmp_path: Path, cache: Path) -> None:
     run = run_folder(tmp_path / "outputs", cache, BOTH, "tiling=native", "tiling.shortest=8")
     message = r"tiling.shortest = 8: needs to be from one patch of 16 to the encoder's 32 pixels"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(parts.Misfit, match=message):
         fit.fit(run)
     assert not (run / "metrics.jsonl").exists()
 

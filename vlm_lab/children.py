@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+LOG = "log.txt"
 STOPPED = 128 + signal.SIGTERM  # exit code, as a shell gives it
 
 
@@ -43,7 +44,7 @@ def beside(runs: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as processes:
         for run in runs:
             command = ("vlm_lab.fit", run, "--only-train")
-            process = processes.enter_context(started(*command, log=run / "log.txt", OMP_NUM_THREADS="1"))
+            process = processes.enter_context(started(*command, log=run / LOG, OMP_NUM_THREADS="1"))
             processes.callback(process.terminate)
         yield
 

@@ -58,7 +58,7 @@ def main() -> None:
     try:
         fit(args.run, args.stage, args.into, not args.only_train)
     except Exception as error:
-        if not isinstance(error, Preempted):
+        if not isinstance(error, (Preempted, parts.Misfit)):  # those say all there is to say
             traceback.print_exc()
         note_failure(args.run, RANK, error)
         sys.exit(128 + 15 if isinstance(error, Preempted) else 1)  # as a process that SIGTERM ends

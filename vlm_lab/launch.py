@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from vlm_lab import build, schema
-from vlm_lab.children import STOPPED, beside, child, threads
+from vlm_lab.children import LOG, STOPPED, beside, child, threads
 from vlm_lab.config import Config
 from vlm_lab.console import console
 from vlm_lab.pulses import last_signs
 from vlm_lab.store import INPUTS, Store, hash_of, stage_inputs
 
-FAILURE, RESULT, EVALUATION, LOG = "failure.json", "result.json", "evaluation.json", "log.txt"
+FAILURE, RESULT, EVALUATION = "failure.json", "result.json", "evaluation.json"
 PACKAGES = ("torch", "transformers", "timm", "lightning", "hydra-core")
 
 

@@ -100,11 +100,18 @@ def empty_model(config: Config) -> VLM:
         return build.vlm(config, weights=False)
 
 
+class Misfit(ValueError):
+    """Parts or tilings that do not go together: what the user asked for is wrong, not the code that says so."""
+
+
 def check_together(config: Config) -> None:
-    """Raises ValueError where parts and tilings do not fit each other. Builds the model without its weights."""
-    vlm, tokenizer = empty_model(config), build.tokenizer(config)
-    for stage in (stage for stage in config.stages.values() if stage.part is None):
-        build.processor(config, vlm, tokenizer, stage)
+    """Raises Misfit where parts and tilings do not fit each other. Builds the model without its weights."""
+    try:
+        vlm, tokenizer = empty_model(config), build.tokenizer(config)
+        for stage in (stage for stage in config.stages.values() if stage.part is None):
+            build.processor(config, vlm, tokenizer, stage)
+    except ValueError as error:
+        raise Misfit(error) from error
 
 
 def stage_model(config: Config, stage: Stage, weights: bool = True) -> Any:

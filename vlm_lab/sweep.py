@@ -23,9 +23,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlm_lab import build
+from vlm_lab.children import LOG
 from vlm_lab.config import Config
 from vlm_lab.console import console
-from vlm_lab.launch import EVALUATION, LOG, RESULT, RunFailed, run_folder
+from vlm_lab.launch import EVALUATION, RESULT, RunFailed, run_folder
 from vlm_lab.store import Store, hash_of, stage_keys
 
 INDEX = "index.json"
