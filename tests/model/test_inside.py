@@ -18,8 +18,9 @@ from vlm_lab.model.connectors.cross_attention import CrossAttention
 from vlm_lab.model.connectors.sva import SVA
 from vlm_lab.model.encoders import TimmEncoder
 from vlm_lab.model.features import FeatureMap
-from vlm_lab.model.inside import Seen, inside
+from vlm_lab.model.inside import inside
 from vlm_lab.model.llms import build_llm
+from vlm_lab.model.seen import Seen
 from vlm_lab.model.vlm import VLM
 
 DEEP = {**SHAPE, "num_hidden_layers": 3}

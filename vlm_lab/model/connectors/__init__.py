@@ -10,14 +10,12 @@ One that also works between the LLM's layers is a `DeepConnector`.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from vlm_lab.model.features import FeatureMap
-
-if TYPE_CHECKING:
-    from vlm_lab.model.inside import Seen
+from vlm_lab.model.seen import Seen
 
 Grid = tuple[int, int]
 
@@ -68,6 +66,6 @@ class DeepConnector(Connector):
         """Layer index -> block. The first call makes the blocks: before it, nobody knows the LLM's depth."""
         raise NotImplementedError
 
-    def inside(self, block: nn.Module, hidden: Tensor, seen: "Seen") -> Tensor:
+    def inside(self, block: nn.Module, hidden: Tensor, seen: Seen) -> Tensor:
         """Hidden states [B, L, D] after `block`; L == 1 at decode steps."""
         raise NotImplementedError

@@ -10,7 +10,7 @@ positions, a cache of the visual keys.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from vlm_lab.model.connectors.checks import at_least, divides
 from vlm_lab.model.connectors.mlp import MLP
 from vlm_lab.model.connectors.perceiver import EPS, Perceiver
 from vlm_lab.model.features import FeatureMap
-
-if TYPE_CHECKING:
-    from vlm_lab.model.inside import Seen
+from vlm_lab.model.seen import Seen
 
 
 class CrossAttention(DeepConnector):
@@ -78,7 +76,7 @@ class CrossAttention(DeepConnector):
     def tokens(self, memory: FeatureMap) -> Tensor:
         return self.placeholder.expand(len(memory.tokens), 1, -1)
 
-    def inside(self, block: nn.Module, hidden: Tensor, seen: "Seen") -> Tensor:
+    def inside(self, block: nn.Module, hidden: Tensor, seen: Seen) -> Tensor:
         """All rows as one: [1, B*L, D] look at [1, V*S, D], each position at the views that it sees."""
         decoding = hidden.shape[:2] != seen.image.shape
         sees = seen.visible[:, -1:] if decoding else seen.visible  # [B, L or 1, V]; a step comes after the whole prompt

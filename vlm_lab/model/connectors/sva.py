@@ -9,7 +9,7 @@ The same block aggregates again inside the LLM, on the hidden states of the visu
 decode steps. The newline column and cropping belong to the tiling; a tiling that rescales tokens has no cells to go by.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ from vlm_lab.model.connectors.checks import at_least, divides
 from vlm_lab.model.connectors.mlp import projection
 from vlm_lab.model.connectors.spatial import cut_windows, mean, resize, window_mask
 from vlm_lab.model.features import FeatureMap
-
-if TYPE_CHECKING:
-    from vlm_lab.model.inside import Seen
+from vlm_lab.model.seen import Seen
 
 
 class SVA(DeepConnector):
@@ -110,7 +108,7 @@ class SVA(DeepConnector):
             groups.append(x)
         return self.project_out(torch.cat(groups, dim=-1))
 
-    def inside(self, block: nn.Module, hidden: Tensor, seen: "Seen") -> Tensor:
+    def inside(self, block: nn.Module, hidden: Tensor, seen: Seen) -> Tensor:
         """The hidden states on each view's cells are gathered, aggregated and put back; newlines stay as they are."""
         if hidden.shape[:2] != seen.image.shape:
             return hidden  # a decode step
