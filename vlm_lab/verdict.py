@@ -3,7 +3,8 @@
 A claim is `a > b`, a chain `a > b > c`, or `a = b` (no difference larger than a margin). Its verdict is that of its
 weakest link:
 
-    reproduced       significant in the claimed direction, and as large as published within a factor of two
+    reproduced       significant in the claimed direction, and the interval reaches to within a factor of
+                     two of the published size
     direction only   significant in the claimed direction; larger or smaller than that, or no size was published
     underpowered     the interval covers both no difference and the published one: nothing can be said yet
     contradicted     significant the other way round, or an interval that excludes a difference of the published size
@@ -50,7 +51,7 @@ def significant(difference: Estimate, published: float | None, size: str) -> Ver
     if high < published / FACTOR or low > published * FACTOR:
         word = "smaller" if difference.mean < published else "larger"
         return Verdict("direction only", f"more than {FACTOR:g} times {word} than published: {size}")
-    return Verdict("reproduced", f"significant and of the published size: {size}")
+    return Verdict("reproduced", f"significant, and it may be of the published size: {size}")
 
 
 def judge_equal(difference: Estimate, margin: float, unit: str = "points") -> Verdict:
