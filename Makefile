@@ -21,7 +21,7 @@ train: $(READY) ## train and evaluate the default model: CPU, no network, a few 
 	$(BIN)/python train.py
 
 test: $(READY) ## run the whole test suite
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-grid: $(READY) ## every encoder x connector x LLM x tiling (the suite runs a sample): tens of minutes
 	PYTHONPATH=. $(BIN)/python tests/grid.py

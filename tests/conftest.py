@@ -6,6 +6,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARAL
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side: more threads than cores wait for each other
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,17 @@ from vlm_lab.data.process import Eye, Processor
 from vlm_lab.data.tiling import Squash
 from vlm_lab.data.tokenizer import trained_tokenizer
 from vlm_lab.model.vlm import VLM
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes go first: workers get whole files, and a long one must not be the last."""
+    items.sort(key=lambda item: is_quick(item.path))
+
+
+@lru_cache
+def is_quick(file: Path) -> bool:
+    text = file.read_text()
+    return "subprocess" not in text and "from processes" not in text
 
 
 @pytest.fixture(scope="session")

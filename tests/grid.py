@@ -49,15 +49,16 @@ def cells() -> list[Cell]:
 
 
 def sample(all_cells: list[Cell], seed: int = 0) -> list[Cell]:
-    """Few cells in which every two options of different kinds that fit meet: greedy, in a random order."""
-    order = random.Random(seed).sample(all_cells, len(all_cells))
-    todo = {pair for cell in order if refused(cell) is None for pair in pairs(cell)}
+    """Few cells in which every two options of different kinds that fit meet: first those with most of what is new."""
+    shuffled = random.Random(seed).sample(all_cells, len(all_cells))
+    order = [(cell, set(pairs(cell))) for cell in shuffled if refused(cell) is None]
+    todo = set().union(*(met for _, met in order))
     chosen = []
-    for cell in order:
-        new = set(pairs(cell)) & todo
-        if new and refused(cell) is None:
-            chosen.append(cell)
-            todo -= new
+    for least in range(6, 0, -1):
+        for cell, met in order:
+            if len(met & todo) >= least:
+                chosen.append(cell)
+                todo -= met
     return chosen
 
 
