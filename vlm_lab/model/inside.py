@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlm_lab.batch import Batch, Prompts
 from vlm_lab.model.connectors import DeepConnector
 from vlm_lab.model.seen import Seen
 
@@ -44,12 +42,3 @@ def hook(layer: nn.Module, site: str, call: Any) -> Any:
 def decoder_layers(llm: Any) -> nn.ModuleList:
     """The decoder layers of any causal language model of transformers."""
     return llm.get_decoder().layers
-
-
-def sample_numbers(batch: Batch | Prompts) -> Tensor:
-    """Which sample each position [B, L] belongs to: by `cu_seqlens` in a packed row, else by row."""
-    ids = batch.input_ids
-    if isinstance(batch, Prompts):
-        return torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-    starts = torch.tensor(batch.cu_seqlens[1:-1], device=ids.device)
-    return torch.bucketize(torch.arange(ids.shape[1], device=ids.device), starts, right=True)[None]

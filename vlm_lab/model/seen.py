@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_lab.batch import Grid, Layout
+from vlm_lab.batch import Batch, Grid, Layout, Prompts
 from vlm_lab.model.arrange import arrange
 
 
@@ -50,3 +50,12 @@ class Seen:
         place = place.scatter_reduce(0, self.cells[kept] // count, order[self.image][kept], "amin")
         sample = torch.cat([self.sample.flatten(), self.sample.new_full((1,), -1)])[place]  # [V]
         return (self.sample[..., None] == sample) & (order[..., None] >= place)
+
+
+def sample_numbers(batch: Batch | Prompts) -> Tensor:
+    """Which sample each position [B, L] belongs to: by `cu_seqlens` in a packed row, else by row."""
+    ids = batch.input_ids
+    if isinstance(batch, Prompts):
+        return torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    starts = torch.tensor(batch.cu_seqlens[1:-1], device=ids.device)
+    return torch.bucketize(torch.arange(ids.shape[1], device=ids.device), starts, right=True)[None]

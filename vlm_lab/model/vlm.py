@@ -18,10 +18,10 @@ from vlm_lab.model.arrange import arrange
 from vlm_lab.model.attention import for_kernel
 from vlm_lab.model.connectors import Connector, DeepConnector
 from vlm_lab.model.features import FeatureMap, without_padding
-from vlm_lab.model.inside import decoder_layers, inside, sample_numbers
+from vlm_lab.model.inside import decoder_layers, inside
 from vlm_lab.model.loss import blockwise_cross_entropy, by_blocks, headless
 from vlm_lab.model.native import native_features
-from vlm_lab.model.seen import Seen
+from vlm_lab.model.seen import Seen, sample_numbers
 
 
 def answer_loss(llm: Any, embeds: Tensor, batch: Batch) -> Tensor:

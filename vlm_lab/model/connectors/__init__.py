@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vlm_lab.batch import Grid
 from vlm_lab.model.features import FeatureMap
 from vlm_lab.model.seen import Seen
-
-Grid = tuple[int, int]
 
 
 class Connector(nn.Module):
