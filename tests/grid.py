@@ -54,7 +54,7 @@ def sample(all_cells: list[Cell], seed: int = 0) -> list[Cell]:
     order = [(cell, set(pairs(cell))) for cell in shuffled if refused(cell) is None]
     todo = set().union(*(met for _, met in order))
     chosen = []
-    for least in range(6, 0, -1):
+    for least in range(6, 0, -1):  # a cell, four options, has six pairs
         for cell, met in order:
             if len(met & todo) >= least:
                 chosen.append(cell)

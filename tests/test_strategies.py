@@ -50,6 +50,11 @@ def overrides(strategy: str) -> list[str]:
     return [*common, f"trainer.gradient_checkpointing={str(strategy == 'fsdp').lower()}"]
 
 
+def at_start(strategy: str) -> Callable[[], None] | None:
+    """What every process does first."""
+    return shard_everything if strategy.startswith("zero3") else None
+
+
 def shard_everything() -> None:
     """DeepSpeed keeps small parameters whole, and here all are small: ZeRO-3 would hide what it does to large ones."""
     from vlm_lab import strategies
@@ -81,7 +86,7 @@ def double(output: Path, cache: Path) -> dict[str, Path]:
     runs = {name: run_folder(output / name, cache, *overrides(name)) for name in STRATEGIES}
     for name, run in runs.items():
         for stage in STAGES:
-            train_tree(run, stage, 2, 120, shard_everything if name.startswith("zero3") else None)
+            train_tree(run, stage, 2, 120, at_start(name))
     return runs
 
 
@@ -164,7 +169,7 @@ def test_evaluation_after_zero3(double: dict[str, Path], single: Path) -> None:
 def test_half_precision(single: Path, tmp_path: Path, cache: Path, strategy: str) -> None:
     """Trains in bf16, into which DeepSpeed turns weights but no buffer: losses within 2 % of fp32's."""
     run = run_folder(tmp_path, cache, *overrides(strategy), "trainer.precision=bf16-mixed")
-    train_tree(run, "align", 2, 120, shard_everything if strategy == "zero3" else None)
+    train_tree(run, "align", 2, 120, at_start(strategy))
     losses = [loss for _, loss, _, _ in numbers(run, "align")]
     assert losses == pytest.approx([loss for _, loss, _, _ in numbers(single, "align")], rel=0.02)
 
@@ -172,13 +177,12 @@ def test_half_precision(single: Path, tmp_path: Path, cache: Path, strategy: str
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp"])
 def test_killed_and_resumed(double: dict[str, Path], tmp_path: Path, cache: Path, strategy: str) -> None:
     """Killed behind a checkpoint; the continued stage has the same losses and weights, bit for bit."""
-    before = shard_everything if strategy.startswith("zero3") else None
     run = run_folder(tmp_path, cache, *overrides(strategy))
-    kill_behind_a_checkpoint(run, before)
+    kill_behind_a_checkpoint(run, at_start(strategy))
     store, keys = store_of(run)
     found = latest(store.partial(keys["align"]) / "checkpoints")
     assert found is not None and found.stem == "step-2"
-    train_tree(run, "align", 2, 120, before)
+    train_tree(run, "align", 2, 120, at_start(strategy))
     same_to_the_bit(run, double[strategy])
 
 

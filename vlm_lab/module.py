@@ -80,11 +80,12 @@ class VLMTraining(LightningModule):
 
     def divided_by(self, parts: int) -> int:
         """What the gradient will be divided by: Lightning does it by a step's rows, DeepSpeed does it once more."""
-        return parts ** (2 if self.under_deepspeed else 1) * self.trainer.world_size
+        return parts ** (1 if self.deepspeed_engine is None else 2) * self.trainer.world_size
 
     @property
-    def under_deepspeed(self) -> bool:
-        return hasattr(self.trainer.strategy, "deepspeed_engine")
+    def deepspeed_engine(self) -> Any:
+        """DeepSpeed's, which then holds gradients and weights; None under other strategies."""
+        return getattr(self.trainer.strategy, "deepspeed_engine", None)
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(value, reduce_op="sum")
@@ -97,7 +98,7 @@ class VLMTraining(LightningModule):
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """Clip by norm, remember it, and stop before a step on a gradient that is not finite."""
-        if self.under_deepspeed:  # it clips by itself, by the norm over all processes, and is asked for that afterwards
+        if self.deepspeed_engine is not None:  # it clips by itself, and tells the norm afterwards
             return
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = get_total_norm([p.grad for p in trained])

@@ -74,7 +74,7 @@ class Meter(Callback):
             self.step_done(trainer, module)
 
     def step_done(self, trainer: Trainer, module: VLMTraining) -> None:
-        loss, norm, now = module.loss_of_step(), grad_norm(trainer, module), time.perf_counter()
+        loss, norm, now = module.loss_of_step(), grad_norm(module), time.perf_counter()
         if not math.isfinite(loss) or not (norm is None or math.isfinite(norm) or trainer.precision == "16-mixed"):
             module.stop_at_nonfinite(trainer.global_step)  # DeepSpeed's: others stop before they take the step
         self.seconds, self.first_step_at = now - self.started, self.first_step_at or time.time()
@@ -138,9 +138,9 @@ def learning_rate(trainer: Trainer) -> float:
     return trainer.optimizers[0].param_groups[0]["lr"]
 
 
-def grad_norm(trainer: Trainer, module: VLMTraining) -> float | None:
+def grad_norm(module: VLMTraining) -> float | None:
     """Of the step that just ended, before clipping."""
-    engine = getattr(trainer.strategy, "deepspeed_engine", None)
+    engine = module.deepspeed_engine
     return module.grad_norm if engine is None else float(engine.get_global_grad_norm())
 
 
